@@ -1,0 +1,42 @@
+# make install | demo | test | bench | lint | clean          BACKEND=cpu (default) or cuda
+BACKEND ?= cpu
+PYTHON  ?= python3
+# PyPI's torch brings several GB of CUDA; the CPU build comes from PyTorch's own index.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install demo test bench lint clean
+
+install: .venv/installed-$(BACKEND)
+
+.venv/installed-cpu: requirements/cpu.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python {sys.version.split()[0]} found, 3.11 or later needed: make install PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q --no-deps --retries 1 --extra-index-url $(CPU_INDEX) torch==2.13.0+cpu
+	$(PIP) install -q --no-deps -r requirements/cpu.txt
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/installed-cuda: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -e '.[vllm,triton,test,lint]'
+	touch $@
+
+demo: install
+	$(BIN)/python bench/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build build-aot dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
