@@ -1,8 +1,13 @@
-"""Maps the top-level folder `integrations/` to `ultraedit_kernels.integrations`; all else is in pyproject.toml."""
+"""Maps the folder `integrations/` to `ultraedit_kernels.integrations`; see pyproject.toml."""
 
 from setuptools import find_packages, setup
 
-packages = find_packages(include=["ultraedit_kernels", "ultraedit_kernels.*"])
-packages += [f"ultraedit_kernels.{name}" for name in find_packages(include=["integrations", "integrations.*"])]
+integrations = find_packages(include=["integrations", "integrations.*"])
 
-setup(packages=packages, package_dir={"ultraedit_kernels.integrations": "integrations"})
+setup(
+    packages=[
+        *find_packages(include=["ultraedit_kernels", "ultraedit_kernels.*"]),
+        *(f"ultraedit_kernels.{name}" for name in integrations),
+    ],
+    package_dir={"ultraedit_kernels.integrations": "integrations"},
+)

@@ -121,7 +121,7 @@ def test_equals_full_backward(family, dtype, tolerance):
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2"])
 def test_equals_full_backward_with_eager_attention(family):
-    """Eager attention turns a fully masked row into NaN in float64; Gemma-2 is only right with it."""
+    """Eager attention makes NaN of a fully masked row in float64; Gemma-2 needs it."""
     model, modules = make_model(family, torch.float64, "eager")
     got = capture(model, make_sequences(1), modules)
     _, grads, loss, _ = naive(model.eval(), make_sequences(1), modules)
@@ -136,7 +136,7 @@ def test_model_is_left_as_found():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     capture(model, make_sequences(), modules)
     broken = [Sequence([5], [96, 200])]  # a token beyond the vocabulary
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         capture(model, broken, modules)
     assert all(m.training for m in model.modules())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())

@@ -37,12 +37,19 @@ class Captured:
     """[n] int64: index of the sequence in the batch."""
     loss: Tensor
     """[n] cross entropy of the target token, nats."""
+    objective: Tensor
+    """[n] the same with the target's logit lowered by the wanted margin: what `grads` belong to."""
     margin: Tensor
     """[n] logit of the target token minus the best other one; above 0 it is the greedy choice."""
 
 
 def capture(
-    model: nn.Module, sequences: Seq[Sequence], modules: Seq[str], *, backward: bool = True
+    model: nn.Module,
+    sequences: Seq[Sequence],
+    modules: Seq[str],
+    *,
+    backward: bool = True,
+    margin: float = 0.0,
 ) -> Captured:
     """Run one batch of sequences and read the named modules at the answer positions.
 
@@ -51,16 +58,20 @@ def capture(
         sequences: prompts and targets as token ids, mixed lengths, each with at least one token.
         modules: dotted names of `nn.Linear` modules.
         backward: also compute the gradients.
+        margin: logits by which the target token must lead. It is taken from the target's logit
+            before the cross entropy, which then pulls until the lead is there; 0 is the paper.
 
     Raises:
         ValueError: empty batch, prompt or target; longer than the model's positions.
     """
     _check(model, sequences)
     with torch.inference_mode(False), _frozen(model):
-        return _capture(model, sequences, modules, backward)
+        return _capture(model, sequences, modules, backward, margin)
 
 
-def _capture(model: Any, sequences: Seq[Sequence], modules: Seq[str], backward: bool) -> Captured:
+def _capture(
+    model: Any, sequences: Seq[Sequence], modules: Seq[str], backward: bool, margin: float
+) -> Captured:
     batch = _pad(sequences, model.get_input_embeddings().weight.device)
     prefix, answer = batch.prefix_ids.shape[1], batch.answer_ids.shape[1]
     columns = torch.arange(prefix + answer, device=batch.gap.device)
@@ -77,19 +88,22 @@ def _capture(model: Any, sequences: Seq[Sequence], modules: Seq[str], backward: 
             ).logits[0]
             if logits.dtype in (torch.float16, torch.bfloat16):
                 logits = logits.float()
-            loss = F.cross_entropy(logits, batch.labels, reduction="none")
+            handicap = torch.zeros_like(logits).scatter_(1, batch.labels[:, None], margin)
+            objective = F.cross_entropy(logits - handicap, batch.labels, reduction="none")
         grads: dict[str, Tensor] = {}
         if backward:
             scale = LOSS_SCALE.get(next(iter(reader.outputs.values())).dtype, 1.0)
-            found = torch.autograd.grad(loss.mean() * scale, list(reader.outputs.values()))
+            found = torch.autograd.grad(objective.mean() * scale, list(reader.outputs.values()))
             grads = {
                 name: g[batch.answer].div_(scale)
                 for name, g in zip(reader.outputs, found, strict=True)
             }
-    top = logits.detach().topk(2, dim=-1)
-    target = logits.detach().gather(1, batch.labels[:, None]).squeeze(1)
+    logits = logits.detach()
+    top = logits.topk(2, dim=-1)
+    target = logits.gather(1, batch.labels[:, None]).squeeze(1)
     best_other = torch.where(top.indices[:, 0] == batch.labels, top.values[:, 1], top.values[:, 0])
-    return Captured(reader.keys, grads, batch.owner, loss.detach(), target - best_other)
+    loss = F.cross_entropy(logits, batch.labels, reduction="none")
+    return Captured(reader.keys, grads, batch.owner, loss, objective.detach(), target - best_other)
 
 
 @dataclass(frozen=True)
@@ -159,9 +173,7 @@ class _Reader:
         handles = []
         try:
             for name in modules:
-                handles.append(
-                    model.get_submodule(name).register_forward_hook(self._read(name))
-                )
+                handles.append(model.get_submodule(name).register_forward_hook(self._read(name)))
             head = model.get_output_embeddings()
             handles.append(head.register_forward_pre_hook(self._only_answers))
             yield

@@ -29,9 +29,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode(
-    tokenizer: Any, prompt: Prompt, target: str, *, append_eos: bool = True
-) -> Sequence:
+def encode(tokenizer: Any, prompt: Prompt, target: str, *, append_eos: bool = True) -> Sequence:
     """Token ids of a prompt and of the answer it must continue with.
 
     A text prompt and its target are joined by one space unless either brings its own white space.

@@ -34,9 +34,7 @@ class Statistics:
     d_in: int
 
     @classmethod
-    def empty(
-        cls, d_in: int, d_out: int, device: torch.device | str | None = None
-    ) -> Statistics:
+    def empty(cls, d_in: int, d_out: int, device: torch.device | str | None = None) -> Statistics:
         """Statistics of no rows for a module with weight [d_out, d_in]."""
         if d_in < 1 or d_out < 1:
             raise ValueError(f"got d_in={d_in}, d_out={d_out}, expected both at least 1")

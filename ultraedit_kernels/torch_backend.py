@@ -23,9 +23,7 @@ def update_statistics(stats: Statistics, keys: Tensor, grads: Tensor) -> Statist
     """See `ultraedit_kernels.operations.update_statistics`."""
     if len(keys) == 0:
         return stats
-    parts = [
-        torch.var_mean(x.to(_compute_dtype(x)), dim=0, correction=0) for x in (keys, grads)
-    ]
+    parts = [torch.var_mean(x.to(_compute_dtype(x)), dim=0, correction=0) for x in (keys, grads)]
     var, mean = (torch.cat([p[i].double() for p in parts]) for i in (0, 1))
     return stats.merge(len(keys), mean, var * len(keys))
 

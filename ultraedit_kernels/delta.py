@@ -1,0 +1,183 @@
+"""The low-rank change of one turn, as a safetensors file.
+
+Layout: per edited module the tensors `{module}.coeff` [n, d_out] and `{module}.keys` [n, d_in], with
+ΔW = coeffᵀ keys. Metadata (all strings): `format` = "ultraedit-delta", `format_version`,
+`library_version`, `base` = JSON object module → SHA-256 of the untouched weight, `settings` = JSON
+object of how it was computed. Loading checks all of it and never unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ultraedit_kernels import checks
+from ultraedit_kernels._version import __version__
+from ultraedit_kernels.operations import rank_k_update_
+
+FORMAT = "ultraedit-delta"
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """ΔW = coeffᵀ keys of one module: coeff [n, d_out] float32, keys [n, d_in] as captured."""
+
+    coeff: Tensor
+    keys: Tensor
+
+    @classmethod
+    def empty(cls, weight: Tensor) -> LowRank:
+        """The change of rank 0 of a weight [d_out, d_in]."""
+        d_out, d_in = weight.shape
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return cls(
+            weight.new_zeros(0, d_out, dtype=dtype), weight.new_zeros(0, d_in, dtype=weight.dtype)
+        )
+
+    def append(self, coeff: Tensor, keys: Tensor) -> LowRank:
+        """With further rows, coeff [n, d_out] and keys [n, d_in]."""
+        return LowRank(torch.cat([self.coeff, coeff]), torch.cat([self.keys, keys]))
+
+    def apply(self, weight: Tensor) -> None:
+        """W ← W + ΔW in place."""
+        rank_k_update_(weight, self.coeff.to(weight.device), self.keys.to(weight.device))
+
+
+@dataclass(frozen=True)
+class EditDelta:
+    """The change of one turn to every edited module, and what it may be applied to."""
+
+    factors: dict[str, LowRank]
+    base: dict[str, str]
+    """Module → `digest` of its untouched weight: the only model this delta fits."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    library_version: str = __version__
+
+    @classmethod
+    def join(cls, deltas: Seq[EditDelta]) -> EditDelta:
+        """The deltas of consecutive turns as one, which rounds once where they rounded each time.
+
+        Raises:
+            ValueError: no deltas, or deltas of different models or modules.
+        """
+        if not deltas:
+            raise ValueError("got no deltas to join, expected at least one")
+        first = deltas[0]
+        for delta in deltas[1:]:
+            if delta.base != first.base:
+                raise ValueError(
+                    "the deltas edit different models or modules "
+                    f"({sorted(first.base)} and {sorted(delta.base)}); join those of one stream"
+                )
+        factors = {
+            name: LowRank(
+                torch.cat([d.factors[name].coeff for d in deltas]),
+                torch.cat([d.factors[name].keys for d in deltas]),
+            )
+            for name in first.factors
+        }
+        return cls(factors, first.base, first.settings)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The file's tensors by name, on the CPU."""
+        return {
+            f"{name}.{part}": getattr(factor, part).cpu().contiguous()
+            for name, factor in self.factors.items()
+            for part in ("coeff", "keys")
+        }
+
+    def metadata(self) -> dict[str, str]:
+        """The file's metadata."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "library_version": self.library_version,
+            "base": json.dumps(self.base, sort_keys=True),
+            "settings": json.dumps(self.settings, sort_keys=True),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the delta as a safetensors file."""
+        safetensors.torch.save_file(self.tensors(), path, metadata=self.metadata())
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes."""
+        return safetensors.torch.save(self.tensors(), metadata=self.metadata())
+
+    @classmethod
+    def load(cls, path: str | Path) -> EditDelta:
+        """Read and check a delta file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a delta, truncated, inconsistent, or of an unknown format version.
+        """
+        return cls.from_bytes(Path(path).read_bytes(), source=str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "delta") -> EditDelta:
+        """As `load`, from the file's bytes; `source` names them in errors."""
+        try:
+            tensors = safetensors.torch.load(data)
+            size = int.from_bytes(data[:8], "little")
+            metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{source} is not a readable safetensors file ({error}; {len(data)} bytes); "
+                "it may be truncated, fetch or save it again"
+            ) from error
+        return cls.from_tensors(tensors, metadata, source)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str
+    ) -> EditDelta:
+        """Check what a file holds and make the delta of it. Raises ValueError as `load`."""
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{source} has format {metadata.get('format')!r} in its metadata, expected "
+                f"{FORMAT!r}; it is a safetensors file but not a delta"
+            )
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{source} has format version {metadata.get('format_version')!r}, expected "
+                f"{FORMAT_VERSION!r}; use the library version that wrote it "
+                f"({metadata.get('library_version')})"
+            )
+        try:
+            base, settings = json.loads(metadata["base"]), json.loads(metadata["settings"])
+            if not isinstance(base, dict) or not isinstance(settings, dict):
+                raise ValueError("base and settings are not JSON objects")
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{source} has damaged metadata: {error}; save it again") from error
+        expected = {f"{name}.{part}": None for name in base for part in ("coeff", "keys")}
+        checks.tensor_names(tensors, expected, f"tensors of {source}")
+        factors = {n: LowRank(tensors[f"{n}.coeff"], tensors[f"{n}.keys"]) for n in base}
+        for name, factor in factors.items():
+            try:
+                checks.matrix("coeff", factor.coeff)
+                checks.matrix("keys", factor.keys)
+                checks.same_rows(coeff=factor.coeff, keys=factor.keys)
+                checks.finite(coeff=factor.coeff, keys=factor.keys)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{source}, module {name}: {error}") from error
+        return cls(factors, base, settings, metadata.get("library_version", "unknown"))
+
+
+def digest(weight: Tensor) -> str:
+    """SHA-256 of a weight's dtype, shape and bytes, hexadecimal."""
+    plain = weight.detach().cpu().contiguous()
+    state = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
+    state.update(plain.view(torch.uint8).numpy())
+    return state.hexdigest()

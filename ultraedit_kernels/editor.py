@@ -1,0 +1,393 @@
+"""Editor: a model, its statistics and its versions."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ultraedit_kernels import checks
+from ultraedit_kernels.algorithm import Settings, Turn, turn
+from ultraedit_kernels.anchors import anchor_keys, own_answers, own_texts
+from ultraedit_kernels.data import EditRequest, Prompt, check_turn
+from ultraedit_kernels.delta import EditDelta, digest
+from ultraedit_kernels.encoding import Sequence, encode
+from ultraedit_kernels.journal import Entry, Journal
+from ultraedit_kernels.presets import resolve_modules
+from ultraedit_kernels.statistics import Statistics, load_statistics, save_statistics
+
+
+@dataclass(frozen=True)
+class EditOutcome:
+    """What became of one edit."""
+
+    prompt: Prompt
+    target: str
+    succeeded: bool
+    """Greedy decoding gives the target and then stops, by the required margin, for the prompt and
+    every rephrase."""
+    rounds: int
+    """Steps that were taken for it."""
+    loss: float
+    """Remaining cross entropy, nats, summed over its target tokens and rephrases."""
+    margin: float
+    """Least lead of a target token over the runner-up, logits."""
+
+
+@dataclass(frozen=True)
+class TurnResult:
+    """What became of a turn."""
+
+    version: int
+    edits: tuple[EditOutcome, ...]
+    timings: dict[str, float]
+    """Milliseconds: capture_ms, solve_ms, commit_ms, total_ms."""
+
+
+class Editor:
+    """Edits a Hugging Face causal language model in place, turn by turn, with an exact way back.
+
+    Args:
+        model: the model; only the weights of the edited modules ever change.
+        tokenizer: its tokenizer.
+        modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
+        lr, rounds, ridge, margin, batch_size: see `algorithm.Settings`.
+        anchors: texts of the model's own whose outputs are held still; 0 for none.
+        anchor_rows: rows that the anchors of a module are compressed to.
+        statistics: "per-module", or "per-shape" as the published scores were made.
+        append_eos: teach the model to stop after the target.
+        state_dir: directory of the versions; continued if it holds some. In memory if None.
+        seed: of the sampled anchors.
+
+    Raises:
+        ValueError: unknown or unsuitable modules, bad settings, or a state directory of another
+            model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        modules: Literal["auto"] | Seq[str] = "auto",
+        lr: float | Literal["auto"] = Settings.lr,
+        rounds: int = Settings.rounds,
+        anchors: int = 300,
+        anchor_rows: int = 512,
+        ridge: float = Settings.ridge,
+        margin: float = Settings.margin,
+        batch_size: int = Settings.batch_size,
+        statistics: Literal["per-module", "per-shape"] = "per-module",
+        append_eos: bool = True,
+        state_dir: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.modules = resolve_modules(model, self.model.config, modules)
+        self.settings = Settings(lr, rounds, ridge, margin, batch_size)
+        _check_settings(self.settings, anchors, anchor_rows, statistics)
+        self.weights: dict[str, Tensor] = {
+            name: model.get_submodule(name).weight.data for name in self.modules
+        }
+        self._append_eos, self._seed = append_eos, seed
+        self._anchor_texts, self._anchor_rows = anchors, anchor_rows
+        self._own_anchors: dict[str, Tensor] | None = None
+        self._share = {
+            name: name if statistics == "per-module" else "x".join(map(str, weight.shape))
+            for name, weight in self.weights.items()
+        }
+        self._statistics = {
+            self._share[name]: Statistics.empty(w.shape[1], w.shape[0], device=w.device)
+            for name, w in self.weights.items()
+        }
+        self._first_statistics = dict(self._statistics)
+        self._pristine = {
+            name: weight.to("cpu", copy=True) for name, weight in self.weights.items()
+        }
+        self._base = {name: digest(weight) for name, weight in self.weights.items()}
+        self._journal = Journal(state_dir)
+        self.rollback(len(self._journal))
+
+    @property
+    def version(self) -> int:
+        """Committed turns; 0 is the untouched model."""
+        return len(self._journal)
+
+    def apply(self, requests: Seq[EditRequest], commit: bool = True) -> TurnResult:
+        """Make one turn of edits. With `commit=False` nothing stays changed.
+
+        Raises:
+            ValueError: no edits, two targets for one prompt, a prompt that is too long, or values
+                that are not finite. The weights are then as before.
+        """
+        steps = self.steps(requests, commit)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                return done.value
+
+    def steps(
+        self, requests: Seq[EditRequest], commit: bool = True
+    ) -> Generator[str, None, TurnResult]:
+        """As `apply`, as a generator that yields after every short slice of work.
+
+        Closing it, or an error, leaves the weights as they were.
+        """
+        begun = time.perf_counter()
+        clock = {"capture": 0.0, "solve": 0.0}
+        check_turn(requests)
+        sequences, edit_of = self._encode(requests)
+        start = {name: weight.clone() for name, weight in self.weights.items()}
+        committed = False
+        try:
+            anchors = yield from self._anchors(requests)
+            work = turn(
+                self.model,
+                self.weights,
+                sequences,
+                edit_of,
+                self._statistics,
+                self._share,
+                anchors,
+                self.settings,
+            )
+            while True:
+                slice_begun = time.perf_counter()
+                try:
+                    phase = next(work)
+                except StopIteration as done:
+                    result: Turn = done.value
+                    break
+                clock[phase] += time.perf_counter() - slice_begun
+                yield phase
+            outcomes = _outcomes(requests, result)
+            commit_begun = time.perf_counter()
+            if commit:
+                checks.finite(**{f"edited {n}": w for n, w in self.weights.items()})
+                delta = EditDelta(result.delta, dict(self._base), asdict(self.settings))
+                self._commit("edit", delta, result.statistics, outcomes)
+                committed = True
+        finally:
+            if not committed:
+                self._set_weights(start)
+        ended = time.perf_counter()
+        timings = {
+            "capture_ms": clock["capture"] * 1e3,
+            "solve_ms": clock["solve"] * 1e3,
+            "commit_ms": (ended - commit_begun) * 1e3,
+            "total_ms": (ended - begun) * 1e3,
+        }
+        return TurnResult(self.version, outcomes, timings)
+
+    def rollback(self, version: int) -> None:
+        """Return to a version bit for bit: from the pristine weights, by replay.
+
+        Later versions are forgotten.
+
+        Raises:
+            ValueError: no such version.
+        """
+        if isinstance(version, bool) or not isinstance(version, int):
+            raise TypeError(f"version is a {type(version).__name__}, expected a whole number")
+        if not 0 <= version <= self.version:
+            raise ValueError(
+                f"version {version} does not exist, expected 0 to {self.version}; 0 is the "
+                "untouched model"
+            )
+        entries = (self._journal.entry(v) for v in range(1, version + 1))
+        statistics = self._first_statistics
+        self._set_weights(self._pristine)
+        for entry in entries:
+            self._check_base(entry.delta)
+            for name, factor in entry.delta.factors.items():
+                factor.apply(self.weights[name])
+            statistics = entry.statistics
+        if version and (got := self.digest()) != (was := entry.record["digest"]):
+            raise ValueError(
+                f"replay of version {version} gives weights with digest {got}, expected {was}; "
+                "the versions were made by another library version, backend or device"
+            )
+        self._statistics = {
+            name: stats.to(self._first_statistics[name].mean.device)
+            for name, stats in statistics.items()
+        }
+        self._journal.truncate(version)
+
+    def delta(self, version: int) -> EditDelta:
+        """The change that made `version` out of the version before it."""
+        return self._journal.entry(version).delta
+
+    def apply_delta(self, delta: EditDelta) -> TurnResult:
+        """Apply a change that was computed elsewhere, as one turn. The statistics stay.
+
+        Raises:
+            ValueError: a delta of another model or of other modules; nothing is changed.
+        """
+        begun = time.perf_counter()
+        self._check_base(delta)
+        start = {name: self.weights[name].clone() for name in delta.factors}
+        try:
+            for name, factor in delta.factors.items():
+                factor.apply(self.weights[name])
+            checks.finite(**{f"edited {n}": self.weights[n] for n in delta.factors})
+            self._commit("delta", delta, self._statistics, ())
+        except BaseException:
+            self._set_weights(start)
+            raise
+        took = (time.perf_counter() - begun) * 1e3
+        timings = {"capture_ms": 0.0, "solve_ms": 0.0, "commit_ms": took, "total_ms": took}
+        return TurnResult(self.version, (), timings)
+
+    def history(self) -> list[dict[str, Any]]:
+        """One JSON-able record per version, oldest first."""
+        return self._journal.records
+
+    def digest(self) -> str:
+        """SHA-256 over the edited weights, hexadecimal."""
+        state = hashlib.sha256()
+        for name, weight in sorted(self.weights.items()):
+            state.update(f"{name} {digest(weight)}".encode())
+        return state.hexdigest()
+
+    def save_statistics(self, path: str | Path) -> None:
+        """Write the running statistics as a safetensors file, to continue the stream later."""
+        save_statistics(self._statistics, path)
+
+    def load_statistics(self, path: str | Path) -> None:
+        """Continue a stream whose statistics were saved; only before the first turn.
+
+        Raises:
+            ValueError: the file is damaged or of other modules, or turns were made already.
+        """
+        if self.version:
+            raise ValueError(
+                f"the model is at version {self.version}, expected 0; load statistics before the "
+                "first turn"
+            )
+        loaded = load_statistics(path)
+        checks.tensor_names(loaded, self._statistics, f"statistics of {path}")
+        for name, stats in loaded.items():
+            own = self._statistics[name]
+            if (stats.d_in, stats.d_out) != (own.d_in, own.d_out):
+                raise ValueError(
+                    f"statistics {name} of {path} are of {stats.d_in} + {stats.d_out} features, "
+                    f"expected {own.d_in} + {own.d_out}; they belong to another model"
+                )
+            self._first_statistics[name] = stats.to(own.mean.device)
+        self._statistics = dict(self._first_statistics)
+
+    def _encode(self, requests: Seq[EditRequest]) -> tuple[list[Sequence], list[int]]:
+        """Every sequence to teach, and the edit that it belongs to."""
+        config = self.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        sequences, edit_of = [], []
+        for i, request in enumerate(requests):
+            for j, prompt in enumerate((request.prompt, *request.rephrases)):
+                one = encode(self.tokenizer, prompt, request.target, append_eos=self._append_eos)
+                length = len(one.prompt_ids) + len(one.target_ids)
+                if limit is not None and length > limit:
+                    raise ValueError(
+                        f"edit {i}: {f'rephrase {j - 1}' if j else 'prompt'} and target have "
+                        f"{length} tokens, expected at most the model's {limit}; shorten it"
+                    )
+                sequences.append(one)
+                edit_of.append(i)
+        return sequences, edit_of
+
+    def prepare(self) -> None:
+        """Sample the model's own texts as anchors now, rather than in the first turn.
+
+        They come from the untouched weights, so that a resumed stream has the same ones.
+        """
+        if self._own_anchors is not None:
+            return
+        self._own_anchors = {}
+        if self._anchor_texts:
+            now = {name: weight.clone() for name, weight in self.weights.items()}
+            try:
+                self._set_weights(self._pristine)
+                texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
+                self._own_anchors = anchor_keys(self.model, texts, self.modules, self._anchor_rows)
+            finally:
+                self._set_weights(now)
+
+    def _anchors(self, requests: Seq[EditRequest]) -> Generator[str, None, dict[str, Tensor]]:
+        """Keys that must stay, of the model's own texts and of the prompts the operator names."""
+        if self._own_anchors is None:
+            self.prepare()
+            yield "anchors"
+        anchors = dict(self._own_anchors or {})
+        locality = list({str(p): p for r in requests for p in r.locality}.values())
+        if locality:
+            answers = own_answers(self.model, self.tokenizer, locality)
+            named = anchor_keys(self.model, answers, self.modules, self._anchor_rows)
+            anchors = {
+                n: torch.cat([anchors[n], k]) if n in anchors else k for n, k in named.items()
+            }
+            yield "anchors"
+        return anchors
+
+    def _set_weights(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.weights[name].copy_(value)
+
+    def _commit(
+        self,
+        kind: str,
+        delta: EditDelta,
+        statistics: Mapping[str, Statistics],
+        outcomes: Seq[EditOutcome],
+    ) -> None:
+        record = {
+            "version": self.version + 1,
+            "kind": kind,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "digest": self.digest(),
+            "edits": [asdict(outcome) for outcome in outcomes],
+        }
+        self._journal.append(Entry(delta, dict(statistics), record))
+        self._statistics = dict(statistics)
+
+    def _check_base(self, delta: EditDelta) -> None:
+        for name, base in delta.base.items():
+            if name not in self._base:
+                raise ValueError(
+                    f"the delta edits {name}, but this editor edits {', '.join(self.modules)}; "
+                    "create it with the delta's modules"
+                )
+            if base != self._base[name]:
+                raise ValueError(
+                    f"the delta was made for a {name} with digest {base[:12]}…, this model's is "
+                    f"{self._base[name][:12]}…; it belongs to another checkpoint or dtype"
+                )
+
+
+def _outcomes(requests: Seq[EditRequest], result: Turn) -> tuple[EditOutcome, ...]:
+    columns = zip(requests, result.holds, result.rounds, result.loss, result.margin, strict=True)
+    return tuple(EditOutcome(r.prompt, r.target, *rest) for r, *rest in columns)
+
+
+def _check_settings(settings: Settings, anchors: int, rows: int, statistics: str) -> None:
+    if settings.lr != "auto":
+        checks.positive("lr", settings.lr)
+    checks.positive("ridge", settings.ridge)
+    for name, value, least in (
+        ("rounds", settings.rounds, 1),
+        ("batch_size", settings.batch_size, 1),
+        ("anchors", anchors, 0),
+        ("anchor_rows", rows, 1),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
+    if statistics not in ("per-module", "per-shape"):
+        raise ValueError(f"statistics is {statistics!r}, expected 'per-module' or 'per-shape'")

@@ -1,0 +1,127 @@
+"""The versions of an edited model: one entry a turn, in memory or as one file each in a directory.
+
+A file `000001.safetensors` holds the turn's delta, the statistics after it and its record. It is
+written whole, synced and then renamed, so that a version exists completely or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from ultraedit_kernels.delta import EditDelta
+from ultraedit_kernels.statistics import Statistics, from_tensors, to_tensors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed turn."""
+
+    delta: EditDelta
+    statistics: dict[str, Statistics]
+    record: dict[str, Any]
+    """What the turn was: JSON-able; holds at least "version" and "digest"."""
+
+
+class Journal:
+    """Entries 1 .. len(journal).
+
+    Raises:
+        ValueError: a directory with a missing or damaged file.
+    """
+
+    def __init__(self, directory: str | Path | None = None) -> None:
+        self._directory = Path(directory) if directory is not None else None
+        self._entries: list[Entry] = []
+        self._records: list[dict[str, Any]] = []
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            found = sorted(self._directory.glob("[0-9]*.safetensors"))
+            for version, path in enumerate(found, start=1):
+                if path != self._path(version):
+                    raise ValueError(
+                        f"{self._directory} has {path.name} where {self._path(version).name} was "
+                        "expected; restore the missing version, or remove all later ones"
+                    )
+                self._records.append(self._read(version).record)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The record of every version, oldest first."""
+        return list(self._records)
+
+    def entry(self, version: int) -> Entry:
+        """Version `version`, 1 .. len(journal)."""
+        if not 1 <= version <= len(self):
+            raise IndexError(
+                f"version {version} is not in the journal, expected 1 to {len(self)}"
+                if len(self)
+                else f"version {version} is not in the journal, which is empty"
+            )
+        return self._entries[version - 1] if self._directory is None else self._read(version)
+
+    def append(self, entry: Entry) -> None:
+        """Add the next version; on disk once this returns."""
+        if self._directory is None:
+            self._entries.append(entry)
+        else:
+            self._write(len(self) + 1, entry)
+        self._records.append(entry.record)
+
+    def truncate(self, version: int) -> None:
+        """Forget all versions after `version`, newest first."""
+        while len(self) > version:
+            if self._directory is not None:
+                self._path(len(self)).unlink()
+                _sync(self._directory)
+            self._records.pop()
+            del self._entries[len(self._records) :]
+
+    def _path(self, version: int) -> Path:
+        assert self._directory is not None
+        return self._directory / f"{version:06d}.safetensors"
+
+    def _write(self, version: int, entry: Entry) -> None:
+        path = self._path(version)
+        statistics, d_in = to_tensors(entry.statistics)
+        metadata = entry.delta.metadata() | {
+            "statistics_d_in": json.dumps(d_in),
+            "record": json.dumps(entry.record),
+        }
+        temporary = path.with_suffix(".tmp")
+        safetensors.torch.save_file(entry.delta.tensors() | statistics, temporary, metadata)
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+    def _read(self, version: int) -> Entry:
+        path = self._path(version)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(metadata["record"])
+            statistics = from_tensors(tensors, json.loads(metadata["statistics_d_in"]))
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); restore it from a backup, or remove it and all "
+                "later versions"
+            ) from error
+        factors = {n: t for n, t in tensors.items() if not n.startswith("statistics.")}
+        return Entry(EditDelta.from_tensors(factors, metadata, str(path)), statistics, record)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
