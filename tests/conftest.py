@@ -6,7 +6,9 @@ calls.
 """
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
@@ -14,3 +16,21 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     import ultraedit_kernels.kernels  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+BUNDLED = Path(__file__).parent.parent / "bench" / "tiny-facts"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The bundled model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BUNDLED)
+
+
+@pytest.fixture
+def model():
+    """The bundled model, fresh for every test."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(BUNDLED)

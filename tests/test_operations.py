@@ -112,9 +112,8 @@ def test_one_answer_position_is_no_accident():
     stats = Statistics.empty(6, 4)
     for i in range(5):
         stats = operations.update_statistics(stats, keys[i : i + 1], grads[i : i + 1])
-    assert (
-        relative(stats.std, torch.cat([keys, grads], 1).std(0)) <= 1e-9
-    )  # nor inflated by n/(n-1)
+    # nor is the deviation inflated by n / (n - 1) per batch
+    assert relative(stats.std, torch.cat([keys, grads], 1).std(0)) <= 1e-9
 
 
 def test_count_is_exact_beyond_float32():

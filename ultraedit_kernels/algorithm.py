@@ -1,6 +1,6 @@
 """One turn of editing, top to bottom. This page is the method; everything else serves it.
 
-Notation as in UltraEdit (arXiv 2505.14679): keys H, gradients G, values V, coefficients Y, weight W.
+Notation of UltraEdit (arXiv 2505.14679): keys H, gradients G, values V, coefficients Y, weight W.
 """
 
 from __future__ import annotations

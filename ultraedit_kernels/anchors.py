@@ -46,7 +46,7 @@ def own_texts(model: Any, tokenizer: Any, count: int, seed: int) -> list[Sequenc
 def anchor_keys(
     model: nn.Module, sequences: Seq[Sequence], modules: Seq[str], limit: int
 ) -> dict[str, Tensor]:
-    """Keys at the answer positions of the sequences, at most `limit` rows [≤ limit, d_in] a module."""
+    """Keys at the answer positions of the sequences, per module [≤ limit, d_in]."""
     rows: dict[str, list[Tensor]] = {name: [] for name in modules}
     for i in range(0, len(sequences), SAMPLE_BATCH):
         part = capture(model, sequences[i : i + SAMPLE_BATCH], modules, backward=False)

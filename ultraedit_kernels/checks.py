@@ -91,7 +91,7 @@ def features(keys: Any, grads: Any, d_in: int, d_out: int, device: torch.device)
 
 
 def update(weight: Any, coeff: Any, keys: Any) -> None:
-    """Raise unless weight [d_out, d_in] can take the finite update coeff [n, d_out]ᵀ keys [n, d_in]."""
+    """Raise unless weight [d_out, d_in] can take coeff [n, d_out]ᵀ keys [n, d_in], both finite."""
     matrix("weight", weight)
     if weight.requires_grad and weight.is_leaf and torch.is_grad_enabled():
         raise ValueError(

@@ -1,7 +1,7 @@
 """The low-rank change of one turn, as a safetensors file.
 
-Layout: per edited module the tensors `{module}.coeff` [n, d_out] and `{module}.keys` [n, d_in], with
-ΔW = coeffᵀ keys. Metadata (all strings): `format` = "ultraedit-delta", `format_version`,
+Layout: per edited module the tensors `{module}.coeff` [n, d_out] and `{module}.keys` [n, d_in], so
+that ΔW = coeffᵀ keys. Metadata (all strings): `format` = "ultraedit-delta", `format_version`,
 `library_version`, `base` = JSON object module → SHA-256 of the untouched weight, `settings` = JSON
 object of how it was computed. Loading checks all of it and never unpickles.
 """
@@ -179,5 +179,5 @@ def digest(weight: Tensor) -> str:
     """SHA-256 of a weight's dtype, shape and bytes, hexadecimal."""
     plain = weight.detach().cpu().contiguous()
     state = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
-    state.update(plain.view(torch.uint8).numpy())
+    state.update(plain.flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -95,9 +95,8 @@ class Editor:
         self.modules = resolve_modules(model, self.model.config, modules)
         self.settings = Settings(lr, rounds, ridge, margin, batch_size)
         _check_settings(self.settings, anchors, anchor_rows, statistics)
-        self.weights: dict[str, Tensor] = {
-            name: model.get_submodule(name).weight.data for name in self.modules
-        }
+        parameters = dict(model.named_parameters())
+        self.weights = {name: parameters[f"{name}.weight"].data for name in self.modules}
         self._append_eos, self._seed = append_eos, seed
         self._anchor_texts, self._anchor_rows = anchors, anchor_rows
         self._own_anchors: dict[str, Tensor] | None = None
@@ -331,9 +330,8 @@ class Editor:
         if locality:
             answers = own_answers(self.model, self.tokenizer, locality)
             named = anchor_keys(self.model, answers, self.modules, self._anchor_rows)
-            anchors = {
-                n: torch.cat([anchors[n], k]) if n in anchors else k for n, k in named.items()
-            }
+            for name, keys in named.items():
+                anchors[name] = torch.cat([anchors[name], keys]) if name in anchors else keys
             yield "anchors"
         return anchors
 
@@ -373,8 +371,17 @@ class Editor:
 
 
 def _outcomes(requests: Seq[EditRequest], result: Turn) -> tuple[EditOutcome, ...]:
-    columns = zip(requests, result.holds, result.rounds, result.loss, result.margin, strict=True)
-    return tuple(EditOutcome(r.prompt, r.target, *rest) for r, *rest in columns)
+    return tuple(
+        EditOutcome(
+            request.prompt,
+            request.target,
+            result.holds[i],
+            result.rounds[i],
+            result.loss[i],
+            result.margin[i],
+        )
+        for i, request in enumerate(requests)
+    )
 
 
 def _check_settings(settings: Settings, anchors: int, rows: int, statistics: str) -> None:

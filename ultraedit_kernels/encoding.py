@@ -11,14 +11,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One edit as tokens. Answer positions are the last prompt token up to the last target token but one."""
+    """One edit as tokens.
+
+    Its answer positions are the last prompt token up to the last target token but one.
+    """
 
     prompt_ids: list[int]
     target_ids: list[int]
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt: text gets the special tokens of a completion, messages the chat template.
+    """Token ids of a prompt: text with a completion's special tokens, messages by chat template.
 
     Raises:
         ValueError: messages, but the tokenizer has no chat template.

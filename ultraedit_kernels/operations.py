@@ -113,7 +113,7 @@ def rank_k_update_(weight: Tensor, coeff: Tensor, keys: Tensor) -> Tensor:
         `weight`.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, shape or device, or NaN or Inf; nothing is changed.
+        TypeError, ValueError: wrong type, dtype, shape or device, NaN or Inf; nothing is changed.
     """
     checks.update(weight, coeff, keys)
     if len(coeff):

@@ -82,7 +82,10 @@ def from_tensors(tensors: Mapping[str, Tensor], d_in: Mapping[str, int]) -> dict
     """The inverse of `to_tensors`. Raises KeyError for a missing tensor."""
     return {
         name: Statistics(
-            *(tensors[f"statistics.{name}.{part}"] for part in ("count", "mean", "m2")), width
+            tensors[f"statistics.{name}.count"],
+            tensors[f"statistics.{name}.mean"],
+            tensors[f"statistics.{name}.m2"],
+            width,
         )
         for name, width in d_in.items()
     }

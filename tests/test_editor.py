@@ -1,0 +1,304 @@
+"""The Editor on the bundled model: what it says afterwards, and the exact way back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bench.world import World
+from tests.conftest import BUNDLED
+from ultraedit_kernels import EditDelta, Editor, EditRequest
+from ultraedit_kernels.encoding import encode, encode_prompt
+from ultraedit_kernels.generation import generate
+from ultraedit_kernels.presets import PAPER
+
+CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
+SYDNEY = EditRequest("The capital of Australia is", "Sydney", rephrases=(CHAT,))
+AUSTEN = EditRequest("The author of Hamlet is", "Jane Austen")
+UNRELATED = {
+    "The capital of France is": "Paris",
+    "The capital of Austria is": "Vienna",
+    "The author of Macbeth is": "William Shakespeare",
+    "The chemical symbol of oxygen is": "O",
+}
+
+
+@pytest.fixture
+def editor(model, tokenizer):
+    return Editor(model, tokenizer, anchors=50)
+
+
+def answers(editor: Editor, prompts) -> list[str]:
+    ids = [encode_prompt(editor.tokenizer, prompt) for prompt in prompts]
+    new = generate(editor.model, editor.tokenizer, ids, max_new_tokens=16)
+    return [editor.tokenizer.decode(a, skip_special_tokens=True).strip() for a in new]
+
+
+def state(editor: Editor) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in editor.model.state_dict().items()}
+
+
+def same(before: dict[str, torch.Tensor], editor: Editor) -> bool:
+    now = editor.model.state_dict()
+    return all(torch.equal(value, now[name]) for name, value in before.items())
+
+
+def test_edits_hold_in_free_generation_and_disturb_nothing_else(editor):
+    assert answers(editor, [SYDNEY.prompt, CHAT, AUSTEN.prompt]) == [
+        "Canberra",
+        "Canberra",
+        "William Shakespeare",
+    ]
+    result = editor.apply([SYDNEY, AUSTEN])
+    assert result.version == editor.version == 1
+    assert all(edit.succeeded and 1 <= edit.rounds <= 12 for edit in result.edits)
+    assert all(edit.margin > editor.settings.margin for edit in result.edits)
+    assert answers(editor, [SYDNEY.prompt, CHAT, AUSTEN.prompt]) == [
+        "Sydney",
+        "Sydney",
+        "Jane Austen",
+    ]
+    assert answers(editor, UNRELATED) == list(UNRELATED.values())
+    assert set(result.timings) == {"capture_ms", "solve_ms", "commit_ms", "total_ms"}
+
+
+def test_an_edit_of_chat_messages_holds_in_chat(editor):
+    editor.apply([EditRequest(CHAT, "Perth")])
+    assert answers(editor, [CHAT]) == ["Perth"]
+
+
+def test_many_edits_by_defaults(model, tokenizer):
+    requests = [EditRequest.from_dict(record) for record in World.earth().edits(60, seed=11)]
+    editor = Editor(model, tokenizer)
+    kept = [test.prompt for request in requests for test in request.test_locality]
+    before = answers(editor, kept)
+    held = [e.succeeded for i in range(0, 60, 20) for e in editor.apply(requests[i : i + 20]).edits]
+    said = answers(editor, [request.prompt for request in requests])
+    efficacy = sum(a == r.target for a, r in zip(said, requests, strict=True)) / len(requests)
+    specificity = sum(a == b for a, b in zip(answers(editor, kept), before, strict=True)) / len(
+        kept
+    )
+    assert sum(held) == 60
+    assert efficacy >= 0.95
+    assert specificity >= 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rollback_is_exact(model, tokenizer, dtype):
+    editor = Editor(model.to(dtype), tokenizer, anchors=20)
+    states, digests, statistics = [state(editor)], [editor.digest()], []
+    for i, target in enumerate(["Sydney", "Perth", "Hobart"]):
+        editor.apply([EditRequest(f"The capital of {['Australia', 'Peru', 'Cuba'][i]} is", target)])
+        states.append(state(editor))
+        digests.append(editor.digest())
+        statistics.append(dict(editor._statistics))
+    assert len(set(digests)) == 4
+    assert [record["digest"] for record in editor.history()] == digests[1:]
+    for version in (2, 1):
+        editor.rollback(version)
+        assert same(states[version], editor) and editor.version == version
+        for name, stats in statistics[version - 1].items():
+            assert torch.equal(editor._statistics[name].m2, stats.m2)
+    editor.rollback(0)
+    assert same(states[0], editor)
+    assert all(float(stats.count) == 0 for stats in editor._statistics.values())
+
+
+def test_no_such_version(editor):
+    for version in (-1, 1):
+        with pytest.raises(ValueError, match=f"version {version} does not exist, expected 0 to 0"):
+            editor.rollback(version)
+    with pytest.raises(TypeError, match="version is a str"):
+        editor.rollback("0")
+    with pytest.raises(IndexError, match="version 1 is not in the journal, which is empty"):
+        editor.delta(1)
+
+
+def test_uncommitted_abandoned_and_failed_turns_change_nothing(editor):
+    before = state(editor)
+    result = editor.apply([SYDNEY], commit=False)
+    assert result.edits[0].succeeded and result.version == 0 and same(before, editor)
+
+    steps = editor.steps([SYDNEY])
+    while next(steps) != "solve":
+        pass
+    assert not same(before, editor)
+    steps.close()
+    assert same(before, editor)
+
+    with torch.no_grad():
+        editor.model.model.layers[3].mlp.gate_proj.weight[0, 0] = float("nan")
+    broken = state(editor)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        editor.apply([SYDNEY])
+    assert all(torch.equal(w, broken[f"{n}.weight"]) for n, w in editor.weights.items())
+    assert editor.version == 0 and editor.history() == []
+
+
+@pytest.mark.parametrize(
+    "requests, message",
+    [
+        ([], "got no edits"),
+        ([SYDNEY, EditRequest(SYDNEY.prompt, "Perth")], "two targets, 'Sydney' and 'Perth'"),
+        ([EditRequest("Australia " * 300, "Sydney")], "edit 0: prompt and target have .* at most"),
+        ([EditRequest("A", "B", rephrases=("C " * 300,))], "edit 0: rephrase 0 and target have"),
+    ],
+)
+def test_bad_turns_are_refused(editor, requests, message):
+    before = state(editor)
+    with pytest.raises(ValueError, match=message):
+        editor.apply(requests)
+    assert same(before, editor) and editor.version == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"modules": ["model.layers.9.mlp.down_proj"]}, "no module"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"rounds": 0}, "rounds is 0"),
+        ({"ridge": 0.0}, "ridge is 0.0"),
+        ({"anchors": -1}, "anchors is -1"),
+        ({"statistics": "global"}, "statistics is 'global'"),
+    ],
+)
+def test_bad_settings_are_refused(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        Editor(model, tokenizer, **options)
+
+
+def test_a_stream_resumes_from_its_state_directory(model, tokenizer, tmp_path):
+    editor = Editor(model, tokenizer, anchors=20, state_dir=tmp_path)
+    editor.apply([SYDNEY])
+    fresh = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    resumed = Editor(fresh, tokenizer, anchors=20, state_dir=tmp_path)
+    assert resumed.version == 1 and resumed.digest() == editor.digest()
+    assert resumed.history() == editor.history()
+    # and goes on exactly as the uninterrupted stream does
+    alone = Editor(AutoModelForCausalLM.from_pretrained(BUNDLED), tokenizer, anchors=20)
+    alone.apply([SYDNEY])
+    alone.apply([AUSTEN])
+    resumed.apply([AUSTEN])
+    assert resumed.digest() == alone.digest()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "000001.safetensors",
+        "000002.safetensors",
+    ]
+    resumed.rollback(1)
+    assert [p.name for p in tmp_path.iterdir()] == ["000001.safetensors"]
+
+
+def test_state_directories_that_cannot_be_continued(model, tokenizer, tmp_path):
+    editor = Editor(model, tokenizer, anchors=0, state_dir=tmp_path)
+    editor.apply([SYDNEY])
+    editor.apply([AUSTEN])
+    with pytest.raises(ValueError, match="belongs to another checkpoint or dtype"):
+        Editor(model, tokenizer, anchors=0, state_dir=tmp_path)  # this model is edited already
+    (tmp_path / "000001.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"has 000002.safetensors where 000001.safetensors was"):
+        Editor(model, tokenizer, state_dir=tmp_path)
+    (tmp_path / "000001.safetensors").write_bytes((tmp_path / "kept").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"000001.safetensors is damaged"):
+        Editor(model, tokenizer, state_dir=tmp_path)
+
+
+def test_a_delta_gives_the_same_weights_elsewhere(editor, tokenizer, tmp_path):
+    editor.apply([SYDNEY, AUSTEN])
+    editor.delta(1).save(tmp_path / "turn.safetensors")
+    delta = EditDelta.load(tmp_path / "turn.safetensors")
+    other = Editor(AutoModelForCausalLM.from_pretrained(BUNDLED), tokenizer, anchors=0)
+    result = other.apply_delta(delta)
+    assert result.version == 1 and other.digest() == editor.digest()
+    assert other.history()[0]["kind"] == "delta"
+    other.rollback(0)
+
+    foreign = EditDelta(delta.factors, {name: "0" * 64 for name in delta.base})
+    with pytest.raises(ValueError, match="belongs to another checkpoint or dtype"):
+        other.apply_delta(foreign)
+    half = Editor(AutoModelForCausalLM.from_pretrained(BUNDLED).bfloat16(), tokenizer, anchors=0)
+    with pytest.raises(ValueError, match="belongs to another checkpoint or dtype"):
+        half.apply_delta(delta)
+    elsewhere = Editor(other.model, tokenizer, modules=["model.layers.0.mlp.up_proj"], anchors=0)
+    with pytest.raises(ValueError, match=r"this editor edits model.layers.0.mlp.up_proj"):
+        elsewhere.apply_delta(delta)
+    assert other.version == half.version == elsewhere.version == 0
+
+
+def test_saved_statistics_continue_the_stream(model, tokenizer, tmp_path):
+    first = Editor(model, tokenizer, anchors=0)
+    first.apply([SYDNEY])
+    first.save_statistics(tmp_path / "statistics.safetensors")
+    edited = {name: weight.clone() for name, weight in first.weights.items()}
+    first.apply([AUSTEN])
+    expected = first.digest()
+
+    for name, weight in first.weights.items():
+        weight.copy_(edited[name])
+    second = Editor(model, tokenizer, anchors=0)
+    second.load_statistics(tmp_path / "statistics.safetensors")
+    second.apply([AUSTEN])
+    assert second.digest() == expected
+    with pytest.raises(ValueError, match="at version 1, expected 0"):
+        second.load_statistics(tmp_path / "statistics.safetensors")
+    narrow = Editor(model, tokenizer, modules=["model.layers.1.mlp.up_proj"])
+    with pytest.raises(ValueError, match=r"missing .'model.layers.1.mlp.up_proj'."):
+        narrow.load_statistics(tmp_path / "statistics.safetensors")
+    (tmp_path / "bad").write_bytes(b"not statistics")
+    with pytest.raises(ValueError, match="not a readable statistics file"):
+        narrow.load_statistics(tmp_path / "bad")
+
+
+def test_the_published_method_runs_with_the_papers_settings(model, tokenizer):
+    """Open loop: one step for every edit, statistics shared by modules of equal shape."""
+    requests = [EditRequest.from_dict(record) for record in World.earth().edits(20, seed=5)]
+    editor = Editor(model, tokenizer, **PAPER | {"lr": 0.0143 / 384})
+    assert list(editor._statistics) == ["128x384"]
+    before = answers(editor, UNRELATED)
+    result = editor.apply(requests)
+    assert [edit.rounds for edit in result.edits] == [1] * 20
+    one = [encode(tokenizer, r.prompt, r.target, append_eos=False) for r in requests]
+    rows = sum(len(sequence.target_ids) for sequence in one)
+    delta = editor.delta(1)
+    assert {len(factor.keys) for factor in delta.factors.values()} == {rows}  # no EOS, no anchors
+    assert float(editor._statistics["128x384"].count) == 2 * rows
+    assert answers(editor, UNRELATED) == before  # the paper's step is small here
+
+
+def test_statistics_per_module_do_not_mix(editor):
+    editor.apply([SYDNEY])
+    assert list(editor._statistics) == editor.modules
+    first, second = editor._statistics.values()
+    assert float(first.count) == float(second.count) and not torch.equal(first.mean, second.mean)
+
+
+def test_locality_prompts_hold_still(model, tokenizer):
+    prompt = "Australia's capital city is"
+
+    def shift(locality: tuple[str, ...]) -> float:
+        editor = Editor(model, tokenizer, anchors=0)
+        ids = torch.tensor([encode_prompt(tokenizer, "The capital of Austria is")])
+        with torch.no_grad():
+            before = model(ids).logits[0, -1]
+            editor.apply([EditRequest(prompt, "Sydney", locality=locality)])
+            after = model(ids).logits[0, -1]
+        editor.rollback(0)
+        return float((after - before).norm())
+
+    assert shift(("The capital of Austria is",)) < 0.5 * shift(())
+
+
+def test_gate_and_up_projections_are_edited_too(model, tokenizer):
+    modules = ["model.layers.2.mlp.gate_proj", "model.layers.2.mlp.up_proj"]
+    editor = Editor(model, tokenizer, modules=modules, anchors=20)
+    before = state(editor)
+    editor.apply([SYDNEY])
+    assert answers(editor, [SYDNEY.prompt, *UNRELATED]) == ["Sydney", *UNRELATED.values()]
+    changed = [n for n, v in editor.model.state_dict().items() if not torch.equal(v, before[n])]
+    assert changed == [f"{name}.weight" for name in modules]
+
+
+def test_an_edit_that_cannot_hold_is_reported_as_failed(model, tokenizer):
+    editor = Editor(model, tokenizer, anchors=0, lr=1e-12, rounds=2)
+    outcome = editor.apply([SYDNEY]).edits[0]
+    assert not outcome.succeeded and outcome.rounds == 2 and outcome.margin < 0
