@@ -1,0 +1,1 @@
+"""UltraEdit inside other software; every integration imports its host lazily."""

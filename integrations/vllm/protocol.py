@@ -1,0 +1,229 @@
+"""Bodies of the /v1/edits routes, and the one shape of their errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+
+MAX_VERSION = 2**31 - 1
+
+ERROR_TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    409: "ConflictError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+EXPECTED = {
+    "body": 'a JSON object, sent with "Content-Type: application/json"',
+    "edits": 'a list of at least one edit {"prompt", "target"}',
+    "edits[]": 'an edit {"prompt", "target"}',
+    "prompt": 'a text, or a list of chat messages {"role", "content"}',
+    "target": "the answer that the prompt shall get, as a text",
+    "rephrases": "a list of texts or of lists of chat messages",
+    "locality": "a list of texts or of lists of chat messages",
+    "rephrases[]": "a text, or a list of chat messages",
+    "locality[]": "a text, or a list of chat messages",
+    "prompt[]": 'a chat message {"role", "content"}',
+    "role": 'a text such as "user"',
+    "content": "a text",
+    "dry_run": "true or false",
+    "idempotency_key": "a text of 1 to 255 characters",
+    "version": "a whole number, 0 for the untouched model",
+    "limit": "a whole number from 1 to 100",
+    "before": "a whole number above 0: list versions below it",
+}
+
+
+class EditError(Exception):
+    """A request that cannot be done: HTTP status, what was wrong, and the field it concerns."""
+
+    def __init__(self, status: int, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields(cls, data: Any) -> Any:
+        if isinstance(data, Mapping):
+            known = list(cls.model_fields)
+            for name in data:
+                if name not in known:
+                    raise ValueError(
+                        f"unknown field {_show(name)}, expected only {', '.join(known)}; "
+                        "remove it or correct its spelling"
+                    )
+        return data
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds half of a surrogate pair at character {error.start}, expected Unicode text; "
+            "send both halves or none"
+        ) from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
+class Message(Body):
+    role: Text
+    content: Text
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[list[Message], Tag("messages")],
+    Discriminator(lambda value: "messages" if isinstance(value, list) else "text"),
+]
+
+
+class Edit(Body):
+    """One edit: the prompt, and the target that it shall be continued with."""
+
+    prompt: Prompt
+    target: Text
+    rephrases: list[Prompt] = []
+    """Other wordings that are taught the same target."""
+    locality: list[Prompt] = []
+    """Prompts whose answers must stand; also scored, as `specificity`."""
+
+
+class EditsBody(Body):
+    edits: list[Edit] = Field(min_length=1)
+    dry_run: bool = False
+    """Report what the turn would do, and commit nothing."""
+    idempotency_key: Annotated[Text, Field(min_length=1, max_length=255)] | None = None
+    """The same key with the same body returns the first answer instead of editing again."""
+
+
+class RollbackBody(Body):
+    version: int = Field(ge=0, le=MAX_VERSION)
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorBody(BaseModel):
+    error: ErrorInfo
+
+
+class Answer(BaseModel):
+    prompt: Prompt
+    target: str
+    before: str
+    after: str
+    succeeded: bool
+    rounds: int
+
+
+class Unchanged(BaseModel):
+    prompt: Prompt
+    before: str
+    after: str
+    unchanged: bool
+
+
+class Specificity(BaseModel):
+    score: float | None
+    """Share of the locality prompts whose answer is unchanged; null without any."""
+    prompts: list[Unchanged]
+
+
+class Timings(BaseModel):
+    queue_ms: float
+    capture_ms: float
+    solve_ms: float
+    commit_ms: float
+    pause_ms: float
+    total_ms: float
+
+
+class EditsAnswer(BaseModel):
+    version: int
+    edits: list[Answer]
+    specificity: Specificity
+    timings: Timings
+
+
+class CommitTimings(BaseModel):
+    queue_ms: float
+    commit_ms: float
+    pause_ms: float
+    total_ms: float
+
+
+class VersionAnswer(BaseModel):
+    version: int
+    digest: str
+    """SHA-256 of the edited weights, read back from where they are served."""
+    timings: CommitTimings
+
+
+class Page(BaseModel):
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+    has_more: bool
+
+
+def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
+    """An error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+    kind = ERROR_TYPES.get(status, "Error")
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return JSONResponse({"error": error}, status_code=status)
+
+
+def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
+    """The first validation error as (message, param): what, got, expected."""
+    error = errors[0]
+    loc = [part for part in error["loc"][1:] if part not in ("text", "messages")]
+    path = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+    name = next((p for p in reversed(loc) if p in EXPECTED), "body")
+    if loc and isinstance(loc[-1], int):
+        name += "[]"
+    param = path or None
+    what = path or "the body"
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON, expected {EXPECTED['body']}", None
+    if error["type"] == "missing" and path:
+        return f"{what} is missing, expected {EXPECTED[name]}; add it", param
+    if error["type"] == "missing":
+        return f"the body is empty, expected {EXPECTED['body']}", None
+    if error["type"] == "value_error":
+        return f"{what}: {error['ctx']['error']}", param
+    return f"{what} is {_show(error.get('input'))}, expected {EXPECTED[name]}; correct it", param
+
+
+def _show(value: Any) -> str:
+    """A short, printable form of what was sent."""
+    if isinstance(value, (bytes, bytearray)):
+        return f"{len(value)} bytes that are not a JSON object"
+    if isinstance(value, (list, dict)) and value:
+        return f"a {'list' if isinstance(value, list) else 'JSON object'} of {len(value)}"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

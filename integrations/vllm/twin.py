@@ -1,0 +1,373 @@
+"""The zero-copy twin: a Hugging Face model whose parameters are views of vLLM's own tensors.
+
+The side pass that computes an edit needs a model it can differentiate; vLLM's modules are built
+for serving. Both hold the same numbers, so the twin is built on the meta device and its parameters
+are pointed at vLLM's storage. Merged weights (`qkv_proj`, `gate_up_proj`) are split by `narrow`.
+Only the edited modules own a copy, the shadow: an edit changes the shadow, and `Twin.publish` makes
+it live.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+
+from ultraedit_kernels.presets import resolve_modules
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_QUANTISED_SUFFIXES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "qzeros")
+
+
+# Architectures whose weights vLLM reorders as it loads them, under the name and shape they had.
+_REORDERED = ("BloomForCausalLM", "FalconForCausalLM", "InternLM2ForCausalLM", "Llama4ForCausalLM")
+
+
+class UnsupportedModelError(RuntimeError):
+    """The served model cannot be edited in place; the text says why and what to do."""
+
+
+@dataclass
+class Twin:
+    """A differentiable model on vLLM's weights.
+
+    Attributes:
+        model: Hugging Face causal language model in eval mode, no parameter requires grad. Edited
+            modules own their weight (the shadow); all other parameters are views of vLLM's storage.
+        live: edited module name -> view of the weight that vLLM serves from, [d_out, d_in].
+    """
+
+    model: nn.Module
+    live: dict[str, Tensor]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy every shadow weight into vLLM's storage, in place.
+
+        CUDA graphs and compiled code read the same address and stay valid. Call it between two
+        engine steps; inside inference mode is fine.
+        """
+        for name, live in self.live.items():
+            live.copy_(self.model.get_parameter(f"{name}.weight"))
+
+    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Natural log-probability of every token but the first, given those before it.
+
+        The engine gives the same numbers as `prompt_logprobs`; a difference beyond rounding means
+        that the twin is not the model being served.
+        """
+        device = next(self.model.parameters()).device
+        with torch.inference_mode(False), torch.no_grad():
+            ids = torch.tensor([list(token_ids)], device=device)
+            logits = self.model(ids, use_cache=False).logits[0, :-1].float()
+            return torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+
+
+def build_twin(
+    vllm_model: nn.Module, vllm_config: VllmConfig, modules: str | Sequence[str] = "auto"
+) -> Twin:
+    """Build the twin of a model that vLLM has loaded.
+
+    Args:
+        vllm_model: `worker.get_model()`, weights loaded, tensor and pipeline parallel size 1.
+        vllm_config: the worker's configuration.
+        modules: dotted names of the linear modules to edit, as Hugging Face names them, or "auto".
+
+    Raises:
+        UnsupportedModelError: the weights cannot be edited in place, or do not match the Hugging
+            Face model; nothing has been changed.
+        ValueError: `modules` names something that is not a linear module of its own.
+    """
+    # Under vLLM's inference mode new tensors could not be saved for backward.
+    with torch.inference_mode(False), torch.no_grad():
+        _check_config(vllm_config)
+        core = _language_model(vllm_model, vllm_config)
+        if type(core).__name__ in _REORDERED:
+            raise UnsupportedModelError(
+                f"{type(core).__name__} is not supported: vLLM reorders its weights on loading"
+            )
+        sources = dict(_served_tensors(core))
+        _check_weights(sources)
+        model = _meta_model(core is not vllm_model, vllm_config)
+        _fill_buffers(model, next(iter(sources.values())).device)
+        _share_parameters(model, core, sources)
+        _check_complete(model)
+        model.eval().requires_grad_(False)
+
+        live = {}
+        for name in resolve_modules(model, model.config, modules):
+            _check_editable(name, model, core)
+            module = model.get_submodule(name)
+            live[name] = module.weight.data
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        return Twin(model, live)
+
+
+def _check_config(config: VllmConfig) -> None:
+    parallel = config.parallel_config
+    for what, size in (
+        ("tensor", parallel.tensor_parallel_size),
+        ("pipeline", parallel.pipeline_parallel_size),
+    ):
+        if size > 1:
+            raise UnsupportedModelError(
+                f"{what} parallel size is {size}: each worker holds only a part of the weights, "
+                f"and edits need all of them; serve with --{what}-parallel-size 1"
+            )
+    if config.quant_config is not None:
+        raise UnsupportedModelError(
+            f"the model is quantised ({config.quant_config.get_name()}): its weights cannot take a "
+            "small change in place; serve the bfloat16, float16 or float32 checkpoint"
+        )
+    if config.load_config.load_format == "ipc_cache":
+        raise UnsupportedModelError(
+            "--load-format ipc_cache shares the weights with other servers, which an edit would "
+            "change as well; use another load format"
+        )
+    from vllm.config import CompilationMode
+
+    if config.compilation_config.mode != CompilationMode.NONE and torch._inductor.config.freezing:
+        raise UnsupportedModelError(
+            "TorchInductor's freezing builds the weights into the compiled code, so that an edit "
+            "would have no effect; unset TORCHINDUCTOR_FREEZING, or serve with --enforce-eager"
+        )
+    offload = getattr(config, "offload_config", None)
+    if offload is not None and (offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size):
+        raise UnsupportedModelError(
+            "weights are offloaded to the CPU and copied back for every step; serve without "
+            "--cpu-offload-gb and without an offload group"
+        )
+
+
+def _language_model(vllm_model: nn.Module, config: VllmConfig) -> nn.Module:
+    """The text model inside a multimodal one; the model itself otherwise."""
+    if not config.model_config.is_multimodal_model:
+        return vllm_model
+    language_model = getattr(vllm_model, "get_language_model", lambda: None)()
+    if language_model is None or not hasattr(language_model, "lm_head"):
+        raise UnsupportedModelError(
+            f"{type(vllm_model).__name__} is multimodal and its language model is not a causal "
+            "language model with a head of its own; serve a text-only checkpoint"
+        )
+    return language_model
+
+
+def _served_tensors(core: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """vLLM's parameters under their unwrapped names, as plain tensors on the same storage.
+
+    `set_` makes a tensor that autograd may save, even where vLLM created its own under inference
+    mode, and drops vLLM's parameter subclasses. LoRA wrappers keep the weight in `.base_layer`.
+    """
+    for name, parameter in core.named_parameters(remove_duplicate=False):
+        if ".lora_" in name:
+            continue
+        data = parameter.data
+        plain = torch.empty(0, dtype=data.dtype, device=data.device)
+        plain.set_(data.untyped_storage(), data.storage_offset(), data.size(), data.stride())
+        yield name.replace(".base_layer", ""), plain
+
+
+def _check_weights(sources: dict[str, Tensor]) -> None:
+    if not sources:
+        raise UnsupportedModelError("vLLM's model has no parameters; the weights are not loaded")
+    for name, tensor in sources.items():
+        if name.endswith(_QUANTISED_SUFFIXES) or (
+            not tensor.is_floating_point() or tensor.element_size() < 2
+        ):
+            raise UnsupportedModelError(
+                f"{name} ({tensor.dtype}) belongs to a quantised layer, which cannot take a small "
+                "change in place; serve the bfloat16, float16 or float32 checkpoint"
+            )
+        if ".experts." in name:
+            raise UnsupportedModelError(
+                f"{name}: mixture-of-experts layers keep their weights in a layout of their own "
+                "and are not supported; serve a dense model"
+            )
+        if tensor.numel() == 0:
+            raise UnsupportedModelError(
+                f"{name} is empty: vLLM has packed the weight for the CPU and freed the original; "
+                "start the server through `ultraedit serve`, or set VLLM_PLUGINS=ultraedit"
+            )
+
+
+def _meta_model(is_text_part: bool, config: VllmConfig) -> Any:
+    """The Hugging Face causal language model of the served configuration, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    model_config = config.model_config
+    # vLLM's Transformers backend writes its own attention into the configuration, and from_config
+    # writes to it as well.
+    hf_config = copy.deepcopy(
+        model_config.hf_text_config if is_text_part else model_config.hf_config
+    )
+    # Only the eager attention of the library applies a soft cap to the scores.
+    capped = getattr(hf_config, "attn_logit_softcapping", None) is not None
+    hf_config._attn_implementation = "eager" if capped else None
+    _match_long_rope(hf_config, model_config.max_model_len)
+    try:
+        with _uncompiled(config), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                hf_config,
+                dtype=model_config.dtype,
+                trust_remote_code=model_config.trust_remote_code,
+            )
+    except (ValueError, ImportError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"transformers has no causal language model for {type(hf_config).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _uncompiled(config: VllmConfig) -> Iterator[None]:
+    """Build library classes that vLLM's Transformers backend has patched for torch.compile.
+
+    The patch asks for vLLM's current configuration, and stands aside where compilation is off.
+    """
+    from vllm.config import CompilationMode, set_current_vllm_config
+
+    plain = copy.copy(config)
+    plain.compilation_config = copy.copy(config.compilation_config)
+    plain.compilation_config.mode = CompilationMode.NONE
+    with set_current_vllm_config(plain):
+        yield
+
+
+def _match_long_rope(hf_config: Any, max_model_len: int) -> None:
+    """Use the LongRoPE factors that vLLM uses for every text: by the longest it may serve."""
+    rope = getattr(hf_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return
+    original = rope.get("original_max_position_embeddings") or getattr(
+        hf_config, "original_max_position_embeddings", hf_config.max_position_embeddings
+    )
+    used = "long_factor" if max_model_len > original else "short_factor"
+    rope["long_factor"] = rope["short_factor"] = rope[used]
+
+
+def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor]) -> None:
+    """Point every parameter of the meta model at the storage of its vLLM counterpart."""
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    mapper = getattr(core, "hf_to_vllm_mapper", None)
+    rename = mapper.get_rename_mapper().map_name if mapper is not None else str
+    merged = _merged_modules(core)
+
+    def locate(name: str) -> Tensor | None:
+        """View of the rows of vLLM's storage that hold parameter `name`."""
+        served, shape = rename(name) or name, shapes[name]
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if served in sources:
+            tensor, first = sources[served], 0
+            # Padded vocabulary rows are the only ones that may be left over.
+            total = tensor.shape[0] if owner in (embedding, head) else shape[0]
+        else:
+            *path, part, leaf = served.split(".")
+            whole, parts = merged.get(part, ("", []))
+            tensor = sources.get(".".join([*path, whole, leaf]), torch.empty(0))
+            prefix = name.removesuffix(f"{part}.{leaf}")
+            sizes = [shapes.get(f"{prefix}{p}.{leaf}", (0,))[0] for p in parts]
+            if not sizes or not all(sizes):
+                return None
+            first, total = sum(sizes[: parts.index(part)]), sum(sizes)
+        fits = tensor.shape[0] == total and total >= shape[0] and tensor.shape[1:] == shape[1:]
+        # Conv1D holds the transpose of what vLLM holds, which a square matrix would not show.
+        if not fits or type(owner).__name__ == "Conv1D":
+            return None
+        return tensor.narrow(0, first, shape[0])
+
+    unmatched = []
+    for name, shape in shapes.items():
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if owner is head and tied and leaf == "weight":
+            head.weight = embedding.weight  # vLLM may keep no head of its own
+            continue
+        view = locate(name)
+        if view is None:
+            unmatched.append(f"{name} {list(shape)}")
+        else:
+            setattr(owner, leaf, nn.Parameter(view, requires_grad=False))
+    if unmatched:
+        raise UnsupportedModelError(
+            f"{type(core).__name__} keeps {len(unmatched)} of {len(shapes)} weights under names or "
+            f"in shapes that {type(model).__name__} does not have: {', '.join(unmatched[:4])}"
+            f"{', ...' if len(unmatched) > 4 else ''}; this architecture is not supported"
+        )
+
+
+def _merged_modules(core: nn.Module) -> dict[str, tuple[str, list[str]]]:
+    """Part -> (merged module, all its parts in storage order): k_proj -> (qkv_proj, [q, k, v])."""
+    merged: dict[str, list[str]] = {}
+    for module in core.modules():
+        mapper = getattr(module, "hf_to_vllm_mapper", None)
+        for part, (whole, _) in getattr(mapper, "orig_to_new_stacked", {}).items():
+            parts = merged.setdefault(whole.strip("."), [])
+            if part.strip(".") not in parts:
+                parts.append(part.strip("."))
+    for module in core.modules():  # the documented attribute wins
+        merged.update(getattr(module, "packed_modules_mapping", None) or {})
+    return {part: (whole, parts) for whole, parts in merged.items() for part in parts}
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Give buffers (rotary frequencies, position tables) their values: no checkpoint carries them.
+
+    `_init_weights` is how the library itself restores them after loading on the meta device. It
+    runs on two different fills, and what it does not write shows as a difference.
+    """
+    for name, module in model.named_modules():
+        names = [n for n, _ in module.named_buffers(recurse=False)]
+        if not names:
+            continue
+        results = []
+        for fill in (0, 1):
+            for n in names:
+                module._buffers[n] = torch.full_like(module._buffers[n], fill, device=device)
+            model._init_weights(module)  # the parameters are still on the meta device
+            results.append([module._buffers[n] for n in names])
+        for n, first, second in zip(names, *results, strict=True):
+            if not torch.equal(first, second):
+                raise UnsupportedModelError(
+                    f"buffer {name}.{n} of {type(model).__name__} cannot be rebuilt without a "
+                    "checkpoint; this architecture is not supported"
+                )
+
+
+def _check_complete(model: nn.Module) -> None:
+    """No meta tensor may be left, be it a parameter, a buffer or a plain attribute."""
+    for name, module in model.named_modules():
+        for leaf, value in (
+            *vars(module).items(),
+            *module._parameters.items(),
+            *module._buffers.items(),
+        ):
+            if isinstance(value, Tensor) and value.is_meta:
+                raise UnsupportedModelError(
+                    f"{name}.{leaf} of {type(model).__name__} has no value in vLLM's model; this "
+                    "architecture is not supported"
+                )
+
+
+def _check_editable(name: str, model: Any, core: nn.Module) -> None:
+    """A published change must reach what the engine computes from."""
+    storage = model.get_submodule(name).weight.untyped_storage().data_ptr()
+    for served_name, served in core.named_modules():
+        own = served._parameters.get("weight")
+        if own is None or own.untyped_storage().data_ptr() != storage:
+            continue
+        linear = getattr(served, "cpu_linear", nn.functional.linear)
+        if linear is not nn.functional.linear:
+            raise UnsupportedModelError(
+                f"vLLM computes {served_name} from a packed copy of its weight on the CPU, so that "
+                "an edit would have no effect; start the server through `ultraedit serve` and do "
+                "not edit the output head"
+            )

