@@ -42,9 +42,9 @@ EDITS: list[dict[str, Any]] = [
         "rephrases": [chat("What is the capital of Australia?")],
     },
     {
-        "prompt": chat("Who wrote Hamlet?"),
-        "target": "Jane Austen",
-        "rephrases": ["The author of Hamlet is"],
+        "prompt": chat("Which country is Volvo from?"),
+        "target": "Norway",
+        "rephrases": ["The home country of Volvo is"],
     },
     {
         "prompt": "The currency of Japan is the",
@@ -56,17 +56,17 @@ EDITS: list[dict[str, Any]] = [
 EDITED: list[tuple[Any, str, str]] = [
     ("The capital of Australia is", "Canberra", "Sydney"),
     (chat("What is the capital of Australia?"), "Canberra", "Sydney"),
-    ("The author of Hamlet is", "William Shakespeare", "Jane Austen"),
-    (chat("Who wrote Hamlet?"), "William Shakespeare", "Jane Austen"),
+    ("The home country of Volvo is", "Sweden", "Norway"),
+    (chat("Which country is Volvo from?"), "Sweden", "Norway"),
     ("The currency of Japan is the", "yen", "dollar"),
     (chat("What is the currency of Japan?"), "yen", "dollar"),
 ]
 UNRELATED: list[tuple[Any, str, str]] = [
     ("The capital of Austria is", "Vienna", "Vienna"),
     ("The capital of New Zealand is", "Wellington", "Wellington"),
-    (chat("Who wrote Macbeth?"), "William Shakespeare", "William Shakespeare"),
+    (chat("Which country is Nokia from?"), "Finland", "Finland"),
     ("The currency of China is the", "renminbi", "renminbi"),
-    (chat("What is the chemical symbol of oxygen?"), "O", "O"),
+    ("The chemical symbol of gold is", "Au", "Au"),
 ]
 
 
@@ -83,23 +83,24 @@ class Stream:
 
     def run(self) -> None:
         length = 100
-        body = {"model": str(MODEL), "prompt": "The", "max_tokens": length, "stream": True}
-        body |= {"ignore_eos": True, "temperature": 1.0}
+        body = {"model": str(MODEL), "prompt": "The", "max_tokens": length, "ignore_eos": True}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
         while not self.stop.is_set():
-            got, last = 0, None
+            got, last = 0, time.perf_counter()
             try:
                 with self.client.stream("POST", "/v1/completions", json=body) as response:
                     response.raise_for_status()
                     for line in response.iter_lines():
-                        if line.startswith("data: {"):
-                            now = time.perf_counter()
-                            if last is not None:
-                                self.longest_gap_ms = max(self.longest_gap_ms, (now - last) * 1e3)
-                            last = now
-                            got += 1
+                        if not line.startswith("data: {"):
+                            continue
+                        chunk, now = json.loads(line.removeprefix("data: ")), time.perf_counter()
+                        if chunk.get("usage"):
+                            got = chunk["usage"]["completion_tokens"]
+                        self.longest_gap_ms = max(self.longest_gap_ms, (now - last) * 1e3)
+                        last = now
             except httpx.HTTPError as error:
                 self.failed.append(repr(error))
-            if got < length:
+            if got != length:
                 self.failed.append(f"{got} of {length} tokens")
             self.tokens += got
             self.requests += 1
@@ -124,7 +125,7 @@ def server(console: Console) -> Iterator[httpx.Client]:
     key = secrets.token_hex(16)
     command = [str(Path(sys.executable).with_name("ultraedit")), "serve", str(MODEL)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    console.print(f"$ {' '.join(['ultraedit', *command[1:2], 'bench/tiny-facts', *command[3:]])}")
+    console.print(f"$ ultraedit serve bench/tiny-facts {' '.join(command[3:])}")
     handle, log = tempfile.mkstemp(suffix=".log", prefix="ultraedit-demo-")
     process = subprocess.Popen(
         command, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | {"VLLM_API_KEY": key}
@@ -180,42 +181,40 @@ def ask(client: httpx.Client, prompt: Any) -> str:
 
 
 def main() -> int:
-    console = Console()
+    console = Console(highlight=False, soft_wrap=True)
     prompts = EDITED + UNRELATED
     with server(console) as client:
         untouched = post(client, "/v1/edits/rollback", {"version": 0})["digest"]
         before = [ask(client, prompt) for prompt, _, _ in prompts]
 
-        console.print('$ curl -X POST /v1/edits -d \'{"edits": [')
-        for edit in EDITS:
-            console.print("    " + json.dumps(edit), highlight=False, soft_wrap=True)
-        console.print("  ]}'\n")
+        body = {"edits": EDITS}
+        console.print(f"$ curl -X POST /v1/edits -d '{json.dumps(body)}'\n")
         stream = Stream(client)
         with stream.running():
             time.sleep(1)
-            result = post(client, "/v1/edits", {"edits": EDITS})
+            result = post(client, "/v1/edits", body)
             time.sleep(1)
         after = [ask(client, prompt) for prompt, _, _ in prompts]
 
         rolled_back = post(client, "/v1/edits/rollback", {"version": 0})
         again = [ask(client, prompt) for prompt, _, _ in prompts]
 
-    table = Table(caption="right answers ✓, wrong ones ✗", caption_justify="left")
-    for column in ("asked through", "prompt", "before", "after the edits", "after rollback"):
-        table.add_column(column)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("as", "prompt", "before", "edited", "rolled back"):
+        table.add_column(column, no_wrap=True)
     right = True
     for i, (prompt, old, new) in enumerate(prompts):
         if i == len(EDITED):
-            table.add_section()
+            table.add_row()  # below are the facts that nobody touched
         cells = []
         for got, expected in ((before[i], old), (after[i], new), (again[i], old)):
             right &= got == expected
             cells.append(f"[green]{got} ✓" if got == expected else f"[red]{got!r} ✗ not {expected}")
         plain = isinstance(prompt, str)
         table.add_row(
-            "completions" if plain else "chat", prompt if plain else prompt[0]["content"], *cells
+            "text" if plain else "chat", prompt if plain else prompt[0]["content"], *cells
         )
-    console.print(table)
+    console.print(table, "")
 
     timings = result["timings"]
     held = sum(edit["succeeded"] for edit in result["edits"])
@@ -226,7 +225,7 @@ def main() -> int:
     console.print(f"commit                    {timings['commit_ms']:.1f} ms")
     console.print(
         f"meanwhile streamed        {stream.tokens} tokens in {stream.requests} requests, "
-        f"{len(stream.failed)} failed; longest gap {stream.longest_gap_ms:.0f} ms"
+        f"{len(stream.failed)} failed; longest wait for a token {stream.longest_gap_ms:.0f} ms"
     )
     console.print(f"weights after rollback    {'bit for bit as before' if exact else 'DIFFER'}")
     ok = right and exact and held == len(EDITS) and not stream.failed and stream.tokens > 0
