@@ -478,6 +478,9 @@ def _make(job: _Job, turn_size: int | None) -> _Made:
 
     size = turn_size or PAPER_TURN_SIZE
     parts = list(split_turns(job.requests, size))
+    for number, part in enumerate(parts, start=1):  # before any work is done
+        with _names_turn(job, number, part):
+            job.editor.check(part)
     turns: list[TurnResult] = []
     done = held = 0
     begun = time.perf_counter()
@@ -485,14 +488,9 @@ def _make(job: _Job, turn_size: int | None) -> _Made:
         job.editor.prepare()
     with _progress() as bar:
         task = bar.add_task("editing", total=len(job.requests))
-        for part in parts:
-            try:
+        for number, part in enumerate(parts, start=1):
+            with _names_turn(job, number, part):
                 turns.append(job.editor.apply(part))
-            except ValueError as error:
-                raise ValueError(
-                    f"turn {len(turns) + 1}, records {done} to {done + len(part) - 1} of "
-                    f"{job.edits_file}: {error}"
-                ) from error
             done += len(part)
             held += sum(outcome.succeeded for outcome in turns[-1].edits)
             bar.update(
@@ -501,6 +499,19 @@ def _make(job: _Job, turn_size: int | None) -> _Made:
                 description=f"turn {len(turns)} of {len(parts)}, {held} edits hold",
             )
     return _Made(turns, size, time.perf_counter() - begun)
+
+
+@contextmanager
+def _names_turn(job: _Job, number: int, part: list[EditRequest]) -> Iterator[None]:
+    """An error inside says which records of the file it is about."""
+    try:
+        yield
+    except ValueError as error:
+        first = next(i for i, request in enumerate(job.requests) if request is part[0])
+        raise ValueError(
+            f"turn {number}, records {first} to {first + len(part) - 1} of {job.edits_file}: "
+            f"{error}"
+        ) from error
 
 
 def _save(job: _Job, out: Path) -> None:

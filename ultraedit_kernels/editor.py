@@ -135,6 +135,10 @@ class Editor:
             except StopIteration as done:
                 return done.value
 
+    def check(self, requests: Seq[EditRequest]) -> None:
+        """Raise the ValueError that `apply` would raise for these requests, before any work."""
+        self._encode(requests)
+
     def steps(
         self, requests: Seq[EditRequest], commit: bool = True
     ) -> Generator[str, None, TurnResult]:
@@ -144,7 +148,6 @@ class Editor:
         """
         begun = time.perf_counter()
         clock = {"capture": 0.0, "solve": 0.0}
-        check_turn(requests)
         sequences, edit_of = self._encode(requests)
         start = {name: weight.clone() for name, weight in self.weights.items()}
         committed = False
@@ -287,6 +290,7 @@ class Editor:
 
     def _encode(self, requests: Seq[EditRequest]) -> tuple[list[Sequence], list[int]]:
         """Every sequence to teach, and the edit that it belongs to."""
+        check_turn(requests)
         config = self.model.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", None)
         sequences, edit_of = [], []
