@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ultraedit_kernels.anchors import fold
+from ultraedit_kernels.anchors import solve_shielded
 from ultraedit_kernels.capture import Captured, capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
@@ -60,7 +60,7 @@ def turn(
     edit_of: Seq[int],
     statistics: Mapping[str, Statistics],
     share: Mapping[str, str],
-    anchors: Mapping[str, Tensor],
+    shields: Mapping[str, Tensor],
     settings: Settings,
 ) -> Generator[str, None, Turn]:
     """Step until every edit holds, changing `weights` in place; yields after each slice of work.
@@ -70,7 +70,7 @@ def turn(
         weights: module name → W [d_out, d_in].
         sequences: what must be said, as tokens; `edit_of[i]` is the edit that sequence i teaches.
         statistics: running statistics; `share[module]` names the ones that a module uses.
-        anchors: module name → keys [m, d_in] whose outputs must not move.
+        shields: module name → `anchors.shield` of the keys whose outputs must not move.
     """
     start = {name: weight.clone() for name, weight in weights.items()}
     delta = {name: LowRank.empty(weight) for name, weight in weights.items()}
@@ -120,11 +120,12 @@ def turn(
 
         # Solve, and write W anew from its start, so that a replay rounds once, as this does.
         for name, weight in weights.items():
-            coeff = solve(keys[name], values[name] * step_size, settings.ridge, anchors.get(name))
-            rows_of_h = keys[name]
-            if name in anchors:
-                coeff, rows_of_h = fold(coeff, rows_of_h, anchors[name], settings.ridge)
-            delta[name] = delta[name].append(coeff, rows_of_h)
+            wanted, h = values[name] * step_size, keys[name]
+            if name in shields:
+                coeff, h = solve_shielded(h, wanted, settings.ridge, shields[name])
+            else:
+                coeff = solve(h, wanted, settings.ridge)
+            delta[name] = delta[name].append(coeff, h)
             delta[name].apply(weight.copy_(start[name]))
             yield "solve"
     return Turn(delta, stats, holds.tolist(), rounds, loss.tolist(), margin.tolist())

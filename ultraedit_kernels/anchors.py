@@ -72,12 +72,26 @@ def sketch(rows: Tensor, limit: int) -> Tensor:
     return best[-limit:].to(rows.dtype)
 
 
-def fold(coeff: Tensor, keys: Tensor, anchors: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The same ΔW without the anchors' rows: coeff [n, d_out] and changed keys [n, d_in].
+def shield(anchors: Tensor, ridge: float) -> Tensor:
+    """B [m, d_in] float64 with BᵀB = Aᵀ(AAᵀ + λI)⁻¹A: what the anchors A take from every key.
 
-    The anchors' coefficients follow from the others, Y_a = -C Y with C = (AAᵀ + λI)⁻¹ AHᵀ, because
-    their values are zero; so YᵀH + Y_aᵀA = Yᵀ(H - CᵀA).
+    It depends on nothing else, so that it is computed once for many turns.
     """
-    a, h = anchors.double(), keys.double()
-    c = solve_gram(a @ a.T, a @ h.T, ridge)
-    return coeff[: len(keys)], (h - c.T @ a).to(coeff.dtype)
+    a = anchors.double()
+    gram = a @ a.T
+    gram.diagonal().add_(ridge)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram), a, upper=False)
+
+
+def solve_shielded(
+    keys: Tensor, values: Tensor, ridge: float, shield: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `operations.solve` with anchors, in an n × n system: coeff [n, d_out], keys [n, d_in].
+
+    The anchors' values are zero, so their coefficients follow from the others. Without them,
+    Y = (H̃Hᵀ + λI)⁻¹V and ΔW = YᵀH̃ with the shielded keys H̃ = H(I - BᵀB).
+    """
+    h = keys.double()
+    taken = h @ shield.T
+    coeff = solve_gram((h @ h.T).addmm_(taken, taken.T, alpha=-1), values.double(), ridge)
+    return coeff.to(values.dtype), (h - taken @ shield).to(values.dtype)

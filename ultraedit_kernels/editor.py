@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ultraedit_kernels import checks
 from ultraedit_kernels.algorithm import Settings, Turn, turn
-from ultraedit_kernels.anchors import anchor_keys, own_answers, own_texts
+from ultraedit_kernels.anchors import anchor_keys, own_answers, own_texts, shield
 from ultraedit_kernels.data import EditRequest, Prompt, check_turn
 from ultraedit_kernels.delta import EditDelta, digest
 from ultraedit_kernels.encoding import Sequence, encode
@@ -100,6 +100,7 @@ class Editor:
         self._append_eos, self._seed = append_eos, seed
         self._anchor_texts, self._anchor_rows = anchors, anchor_rows
         self._own_anchors: dict[str, Tensor] | None = None
+        self._own_shields: dict[str, Tensor] = {}
         self._share = {
             name: name if statistics == "per-module" else "x".join(map(str, weight.shape))
             for name, weight in self.weights.items()
@@ -152,7 +153,7 @@ class Editor:
         start = {name: weight.clone() for name, weight in self.weights.items()}
         committed = False
         try:
-            anchors = yield from self._anchors(requests)
+            shields = yield from self._shields(requests)
             work = turn(
                 self.model,
                 self.weights,
@@ -160,7 +161,7 @@ class Editor:
                 edit_of,
                 self._statistics,
                 self._share,
-                anchors,
+                shields,
                 self.settings,
             )
             while True:
@@ -321,23 +322,30 @@ class Editor:
                 self._set_weights(self._pristine)
                 texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
                 self._own_anchors = anchor_keys(self.model, texts, self.modules, self._anchor_rows)
+                self._own_shields = {
+                    name: shield(keys, self.settings.ridge)
+                    for name, keys in self._own_anchors.items()
+                }
             finally:
                 self._set_weights(now)
 
-    def _anchors(self, requests: Seq[EditRequest]) -> Generator[str, None, dict[str, Tensor]]:
-        """Keys that must stay, of the model's own texts and of the prompts the operator names."""
+    def _shields(self, requests: Seq[EditRequest]) -> Generator[str, None, dict[str, Tensor]]:
+        """What holds still the model's own texts and the prompts that the operator names."""
         if self._own_anchors is None:
             self.prepare()
             yield "anchors"
-        anchors = dict(self._own_anchors or {})
         locality = list({str(p): p for r in requests for p in r.locality}.values())
-        if locality:
-            answers = own_answers(self.model, self.tokenizer, locality)
-            named = anchor_keys(self.model, answers, self.modules, self._anchor_rows)
-            for name, keys in named.items():
-                anchors[name] = torch.cat([anchors[name], keys]) if name in anchors else keys
+        if not locality:
+            return self._own_shields
+        answers = own_answers(self.model, self.tokenizer, locality)
+        yield "anchors"
+        named = anchor_keys(self.model, answers, self.modules, self._anchor_rows)
+        shields = {}
+        for name, keys in named.items():
+            rows = [self._own_anchors[name], keys] if self._own_anchors else [keys]
+            shields[name] = shield(torch.cat(rows), self.settings.ridge)
             yield "anchors"
-        return anchors
+        return shields
 
     def _set_weights(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
