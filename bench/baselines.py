@@ -20,7 +20,7 @@ EPS = 2.0**-23
 
 
 class Moments(NamedTuple):
-    """Running statistics of z: number of rows, mean and sum of squared deviations [d_in + d_out]."""
+    """Running statistics of z: rows seen, mean and M2 (squared deviations), [d_in + d_out] each."""
 
     rows: float
     mean: Tensor

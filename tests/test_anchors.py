@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ultraedit_kernels import operations
-from ultraedit_kernels.anchors import own_answers, own_texts, shield, sketch, solve_shielded
+from ultraedit_kernels.anchors import extend_shield, own_answers, own_texts, sketch, solve_shielded
 
 
 def rows(n: int, width: int, seed: int) -> torch.Tensor:
@@ -18,7 +18,10 @@ def rows(n: int, width: int, seed: int) -> torch.Tensor:
 def test_shielded_solve_is_the_solve_with_anchor_rows(n, m):
     keys, anchors, values = rows(n, 24, 0), rows(m, 24, 1), rows(n, 6, 2)
     expected = operations.solve(keys, values, 0.5, anchors).T @ torch.cat([keys, anchors])
-    coeff, shielded = solve_shielded(keys, values, 0.5, shield(anchors, 0.5))
+    shield = torch.zeros(0, 24, dtype=torch.float64)
+    for part in anchors.split(3):  # anchors may come bit by bit
+        shield = extend_shield(shield, part, 0.5, limit=100)
+    coeff, shielded = solve_shielded(keys, values, 0.5, shield)
     assert coeff.shape == (n, 6) and shielded.shape == (n, 24)
     assert torch.allclose(coeff.T @ shielded, expected, rtol=1e-9, atol=1e-11)
 

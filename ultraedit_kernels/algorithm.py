@@ -20,8 +20,8 @@ from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.operations import edit_values, solve, update_statistics
 from ultraedit_kernels.statistics import Statistics
 
-MAX_BOOST = 8.0
-"""Most by which a step is enlarged when earlier ones had too little effect."""
+MAX_GAIN = 64.0
+"""Most by which a step is enlarged against what the ridge and the shield take of it."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Settings:
     """How a turn is computed. `presets.PAPER` holds the published values."""
 
     lr: float | Literal["auto"] = "auto"
-    """Step size, or "auto": per edit, the step whose first-order effect removes the edit's loss."""
+    """Step size, or "auto": per edit, what removes a share of its loss to first order."""
+    step: float = 0.5
+    """That share. Small steps disturb less and take more rounds."""
     rounds: int = 12
     """Most steps per turn; the loop ends as soon as every edit holds."""
     ridge: float = 1.0
     """λ of the ridge regression."""
-    margin: float = 3.0
+    margin: float = 4.0
     """Logits by which every target token must lead its runner-up for an edit to hold. A serving
     engine rounds differently than the side pass, and a wider lead carries over to rephrases."""
     batch_size: int = 10
@@ -47,6 +49,8 @@ class Turn:
 
     delta: dict[str, LowRank]
     statistics: dict[str, Statistics]
+    held: dict[str, Tensor]
+    """Module → keys [m, d_in] of the edits that hold, under the final weights."""
     holds: list[bool]  # per edit, as are the next three
     rounds: list[int]
     loss: list[float]
@@ -70,14 +74,12 @@ def turn(
         weights: module name → W [d_out, d_in].
         sequences: what must be said, as tokens; `edit_of[i]` is the edit that sequence i teaches.
         statistics: running statistics; `share[module]` names the ones that a module uses.
-        shields: module name → `anchors.shield` of the keys whose outputs must not move.
+        shields: module name → what the anchors take from every key, see `anchors.extend_shield`.
     """
     start = {name: weight.clone() for name, weight in weights.items()}
     delta = {name: LowRank.empty(weight) for name, weight in weights.items()}
     stats = dict(statistics)
     rounds = [0] * (max(edit_of) + 1)
-    before: Tensor | None = None
-    boost = torch.ones(len(rounds), device=next(iter(weights.values())).device)
     for step in range(settings.rounds + 1):
         # One forward pass both judges the last step and captures the next one.
         last = step == settings.rounds
@@ -88,7 +90,7 @@ def turn(
                 capture(model, part, list(weights), backward=not last, margin=settings.margin)
             )
             yield "capture"
-        rows = _rows_per_edit(batches, edit_of, settings.batch_size)
+        rows = _Rows.of(batches, edit_of, settings.batch_size)
         margin = rows.reduce(torch.cat([b.margin for b in batches]), "amin")
         loss = rows.reduce(torch.cat([b.loss for b in batches]), "sum")
         objective = rows.reduce(torch.cat([b.objective for b in batches]), "sum")
@@ -98,7 +100,8 @@ def turn(
         rests = holds if settings.rounds > 1 else torch.zeros_like(holds)  # open loop: all step
         rounds = [r + (not h) for r, h in zip(rounds, rests.tolist(), strict=True)]
 
-        # Statistics over all rows, then the output shift wanted at each of them.
+        # Statistics over all rows, then the output shift wanted at each of them. Edits that hold
+        # rest: their values are zero, so that they are anchors to the others.
         for name in weights:
             for batch in batches:
                 key = share[name]
@@ -106,56 +109,68 @@ def turn(
         keys = {name: torch.cat([b.keys[name] for b in batches]) for name in weights}
         grads = {name: torch.cat([b.grads[name] for b in batches]) for name in weights}
         lr = 1.0 if settings.lr == "auto" else settings.lr
-        values = {n: edit_values(keys[n], grads[n], stats[share[n]], lr) for n in weights}
+        steps = ~rests[rows.edit, None]
+        values = {n: edit_values(keys[n], grads[n], stats[share[n]], lr) * steps for n in weights}
         if settings.lr == "auto":
-            # Where anchors or other edits swallowed most of the last step, ask for twice as much.
-            if before is not None:
-                boost = torch.where(objective > before / 2, 2 * boost, boost).clamp(max=MAX_BOOST)
-            before = objective
-            step_size = boost * _step_that_removes_the_loss(objective, values, grads, rows)
-        else:
-            step_size = torch.ones_like(loss)
-        # Edits that hold take no step: their keys are anchors now.
-        step_size = torch.where(rests, 0.0, step_size)[rows.edit, None]
+            # Ask for a share of the loss; then for as much more as ridge and shield take of it,
+            # since (H̃Hᵀ + λI) Y = V moves the outputs by V - λY only.
+            ask = settings.step * _ratio(objective, rows.gain(values, grads))
+            values = {n: v * ask[rows.edit, None] for n, v in values.items()}
+            moved = {
+                n: v - settings.ridge * _solve(keys[n], v, settings.ridge, shields.get(n))[0]
+                for n, v in values.items()
+            }
+            more = _ratio(rows.gain(values, grads), rows.gain(moved, grads)).clamp(1, MAX_GAIN)
+            values = {n: v * more[rows.edit, None] for n, v in values.items()}
+            yield "solve"
 
         # Solve, and write W anew from its start, so that a replay rounds once, as this does.
         for name, weight in weights.items():
-            wanted, h = values[name] * step_size, keys[name]
-            if name in shields:
-                coeff, h = solve_shielded(h, wanted, settings.ridge, shields[name])
-            else:
-                coeff = solve(h, wanted, settings.ridge)
+            coeff, h = _solve(keys[name], values[name], settings.ridge, shields.get(name))
             delta[name] = delta[name].append(coeff, h)
             delta[name].apply(weight.copy_(start[name]))
             yield "solve"
-    return Turn(delta, stats, holds.tolist(), rounds, loss.tolist(), margin.tolist())
+    held = {n: torch.cat([b.keys[n] for b in batches])[holds[rows.edit]] for n in weights}
+    return Turn(delta, stats, held, holds.tolist(), rounds, loss.tolist(), margin.tolist())
+
+
+def _solve(
+    keys: Tensor, values: Tensor, ridge: float, shield: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Y and the keys that it belongs to: ΔW = Yᵀ keys."""
+    if shield is None:
+        return solve(keys, values, ridge), keys
+    return solve_shielded(keys, values, ridge, shield)
+
+
+def _ratio(wanted: Tensor, got: Tensor) -> Tensor:
+    """wanted / got, and zero where nothing is got."""
+    return torch.where(got > 0, wanted / got.clamp_min(torch.finfo(got.dtype).tiny), 0.0)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    edit: Tensor  # [n] int64: the edit each answer position belongs to
-    tokens: (
-        Tensor  # [n]: answer tokens in the row's capture batch, which its loss was averaged over
-    )
+    """The answer positions of all batches of a round, n in all."""
+
+    edit: Tensor
+    """[n] int64: the edit that each belongs to."""
+    tokens: Tensor
+    """[n]: answer tokens in its capture batch, over which the loss was averaged."""
     edits: int
+
+    @classmethod
+    def of(cls, batches: Seq[Captured], edit_of: Seq[int], batch_size: int) -> _Rows:
+        device = batches[0].owner.device
+        owner = torch.cat([b.owner + i * batch_size for i, b in enumerate(batches)])
+        tokens = torch.cat([torch.full_like(b.loss, len(b.loss)) for b in batches])
+        return cls(torch.tensor(edit_of, device=device)[owner], tokens, max(edit_of) + 1)
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
         """[n] → [edits]."""
         out = values.new_zeros(self.edits)
         return out.scatter_reduce(0, self.edit, values, how, include_self=False)
 
-
-def _rows_per_edit(batches: Seq[Captured], edit_of: Seq[int], batch_size: int) -> _Rows:
-    device = batches[0].owner.device
-    owner = torch.cat([b.owner + i * batch_size for i, b in enumerate(batches)])
-    tokens = torch.cat([torch.full_like(b.loss, len(b.loss)) for b in batches])
-    return _Rows(torch.tensor(edit_of, device=device)[owner], tokens, max(edit_of) + 1)
-
-
-def _step_that_removes_the_loss(
-    loss: Tensor, values: Mapping[str, Tensor], grads: Mapping[str, Tensor], rows: _Rows
-) -> Tensor:
-    """Per edit: loss / first-order decrease by its values at lr 1 (Polyak's step size), [edits]."""
-    slope = sum(-(values[n] * grads[n].to(values[n].dtype)).sum(1) for n in values)
-    gain = rows.reduce(torch.as_tensor(slope) * rows.tokens, "sum")
-    return torch.where(gain > 0, loss / gain.clamp_min(torch.finfo(gain.dtype).tiny), 0.0)
+    def gain(self, shifts: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor:
+        """First-order decrease of each edit's loss, if the outputs move by `shifts`, [edits]."""
+        slope = sum(-(v * grads[n].to(v.dtype)).sum(1) for n, v in shifts.items())
+        return self.reduce(torch.as_tensor(slope) * self.tokens, "sum")

@@ -95,7 +95,7 @@ Margin = Annotated[
     typer.Option(
         min=0.0,
         metavar="X",
-        show_default="3.0",
+        show_default="4.0",
         help="Logits by which a target token must lead for an edit to hold.",
         rich_help_panel=_HOW,
     ),
@@ -105,7 +105,7 @@ Anchors = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        show_default="300",
+        show_default="4.0",
         help="Texts of the model's own that are held still.",
         rich_help_panel=_HOW,
     ),

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from ultraedit_kernels import checks
 from ultraedit_kernels.algorithm import Settings, Turn, turn
-from ultraedit_kernels.anchors import anchor_keys, own_answers, own_texts, shield
+from ultraedit_kernels.anchors import (
+    HELD_WEIGHT,
+    anchor_keys,
+    extend_shield,
+    own_answers,
+    own_texts,
+)
 from ultraedit_kernels.data import EditRequest, Prompt, check_turn
 from ultraedit_kernels.delta import EditDelta, digest
 from ultraedit_kernels.encoding import Sequence, encode
@@ -59,8 +65,9 @@ class Editor:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
         modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
-        lr, rounds, ridge, margin, batch_size: see `algorithm.Settings`.
-        anchors: texts of the model's own whose outputs are held still; 0 for none.
+        lr, step, rounds, ridge, margin, batch_size: see `algorithm.Settings`.
+        anchors: texts of the model's own whose outputs are held still, besides those of earlier
+            edits; 0 for no anchors but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
         statistics: "per-module", or "per-shape" as the published scores were made.
         append_eos: teach the model to stop after the target.
@@ -81,8 +88,9 @@ class Editor:
         lr: float | Literal["auto"] = Settings.lr,
         rounds: int = Settings.rounds,
         anchors: int = 300,
-        anchor_rows: int = 512,
+        anchor_rows: int = 1024,
         ridge: float = Settings.ridge,
+        step: float = Settings.step,
         margin: float = Settings.margin,
         batch_size: int = Settings.batch_size,
         statistics: Literal["per-module", "per-shape"] = "per-module",
@@ -93,14 +101,14 @@ class Editor:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.modules = resolve_modules(model, self.model.config, modules)
-        self.settings = Settings(lr, rounds, ridge, margin, batch_size)
+        self.settings = Settings(lr, step, rounds, ridge, margin, batch_size)
         _check_settings(self.settings, anchors, anchor_rows, statistics)
         parameters = dict(model.named_parameters())
         self.weights = {name: parameters[f"{name}.weight"].data for name in self.modules}
         self._append_eos, self._seed = append_eos, seed
         self._anchor_texts, self._anchor_rows = anchors, anchor_rows
-        self._own_anchors: dict[str, Tensor] | None = None
-        self._own_shields: dict[str, Tensor] = {}
+        self._own_shields: dict[str, Tensor] | None = None
+        self._shields: dict[str, Tensor] | None = None
         self._share = {
             name: name if statistics == "per-module" else "x".join(map(str, weight.shape))
             for name, weight in self.weights.items()
@@ -153,7 +161,7 @@ class Editor:
         start = {name: weight.clone() for name, weight in self.weights.items()}
         committed = False
         try:
-            shields = yield from self._shields(requests)
+            shields = yield from self._shielding(requests)
             work = turn(
                 self.model,
                 self.weights,
@@ -178,7 +186,8 @@ class Editor:
             if commit:
                 checks.finite(**{f"edited {n}": w for n, w in self.weights.items()})
                 delta = EditDelta(result.delta, dict(self._base), asdict(self.settings))
-                self._commit("edit", delta, result.statistics, outcomes)
+                self._commit("edit", delta, result.statistics, result.held, outcomes)
+                self._protect(result.held)
                 committed = True
         finally:
             if not committed:
@@ -225,6 +234,7 @@ class Editor:
             for name, stats in statistics.items()
         }
         self._journal.truncate(version)
+        self._shields = None
 
     def delta(self, version: int) -> EditDelta:
         """The change that made `version` out of the version before it."""
@@ -243,7 +253,7 @@ class Editor:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
             checks.finite(**{f"edited {n}": self.weights[n] for n in delta.factors})
-            self._commit("delta", delta, self._statistics, ())
+            self._commit("delta", delta, self._statistics, {}, ())
         except BaseException:
             self._set_weights(start)
             raise
@@ -309,43 +319,61 @@ class Editor:
         return sequences, edit_of
 
     def prepare(self) -> None:
-        """Sample the model's own texts as anchors now, rather than in the first turn.
+        """Gather the anchors now, rather than in the first turn.
 
-        They come from the untouched weights, so that a resumed stream has the same ones.
+        They are texts that the untouched model writes, and the edits of all versions that held, so
+        that a resumed stream has the same ones.
         """
-        if self._own_anchors is not None:
-            return
-        self._own_anchors = {}
-        if self._anchor_texts:
-            now = {name: weight.clone() for name, weight in self.weights.items()}
-            try:
-                self._set_weights(self._pristine)
-                texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
-                self._own_anchors = anchor_keys(self.model, texts, self.modules, self._anchor_rows)
-                self._own_shields = {
-                    name: shield(keys, self.settings.ridge)
-                    for name, keys in self._own_anchors.items()
-                }
-            finally:
-                self._set_weights(now)
+        if self._own_shields is None:
+            none = {
+                n: w.new_zeros(0, w.shape[1], dtype=torch.float64) for n, w in self.weights.items()
+            }
+            self._own_shields = (
+                self._extended(none, self._own_keys()) if self._anchor_texts else none
+            )
+        if self._shields is None:
+            self._shields = self._own_shields
+            for version in range(1, self.version + 1):
+                self._protect(self._journal.entry(version).held)
 
-    def _shields(self, requests: Seq[EditRequest]) -> Generator[str, None, dict[str, Tensor]]:
-        """What holds still the model's own texts and the prompts that the operator names."""
-        if self._own_anchors is None:
-            self.prepare()
-            yield "anchors"
-        locality = list({str(p): p for r in requests for p in r.locality}.values())
-        if not locality:
-            return self._own_shields
-        answers = own_answers(self.model, self.tokenizer, locality)
+    def _own_keys(self) -> dict[str, Tensor]:
+        now = {name: weight.clone() for name, weight in self.weights.items()}
+        try:
+            self._set_weights(self._pristine)
+            texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
+            return anchor_keys(self.model, texts, self.modules, self._anchor_rows)
+        finally:
+            self._set_weights(now)
+
+    def _protect(self, held: Mapping[str, Tensor]) -> None:
+        """Make anchors of the edits that held. With no anchors at all wanted, of none."""
+        if self._anchor_texts and self._shields is not None:
+            weighted = {name: HELD_WEIGHT * keys.double() for name, keys in held.items()}
+            self._shields = self._extended(self._shields, weighted)
+
+    def _extended(
+        self, shields: Mapping[str, Tensor], keys: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        ridge, limit = self.settings.ridge, self._anchor_rows
+        extended = {
+            name: extend_shield(shields[name], rows.to(shields[name].device), ridge, limit)
+            for name, rows in keys.items()
+        }
+        return {**shields, **extended}
+
+    def _shielding(self, requests: Seq[EditRequest]) -> Generator[str, None, dict[str, Tensor]]:
+        """What holds the anchors still, and for this turn the prompts that the operator names."""
+        self.prepare()
         yield "anchors"
-        named = anchor_keys(self.model, answers, self.modules, self._anchor_rows)
-        shields = {}
-        for name, keys in named.items():
-            rows = [self._own_anchors[name], keys] if self._own_anchors else [keys]
-            shields[name] = shield(torch.cat(rows), self.settings.ridge)
+        shields = dict(self._shields or {})
+        locality = list({str(p): p for r in requests for p in r.locality}.values())
+        if locality:
+            answers = own_answers(self.model, self.tokenizer, locality)
             yield "anchors"
-        return shields
+            named = anchor_keys(self.model, answers, self.modules, self._anchor_rows)
+            shields = self._extended(shields, named)
+            yield "anchors"
+        return {name: rows for name, rows in shields.items() if len(rows)}
 
     def _set_weights(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -356,6 +384,7 @@ class Editor:
         kind: str,
         delta: EditDelta,
         statistics: Mapping[str, Statistics],
+        held: Mapping[str, Tensor],
         outcomes: Seq[EditOutcome],
     ) -> None:
         record = {
@@ -365,7 +394,7 @@ class Editor:
             "digest": self.digest(),
             "edits": [asdict(outcome) for outcome in outcomes],
         }
-        self._journal.append(Entry(delta, dict(statistics), record))
+        self._journal.append(Entry(delta, dict(statistics), dict(held), record))
         self._statistics = dict(statistics)
 
     def _check_base(self, delta: EditDelta) -> None:
@@ -399,6 +428,7 @@ def _outcomes(requests: Seq[EditRequest], result: Turn) -> tuple[EditOutcome, ..
 def _check_settings(settings: Settings, anchors: int, rows: int, statistics: str) -> None:
     if settings.lr != "auto":
         checks.positive("lr", settings.lr)
+    checks.positive("step", settings.step)
     checks.positive("ridge", settings.ridge)
     for name, value, least in (
         ("rounds", settings.rounds, 1),

@@ -1,6 +1,6 @@
 """The versions of an edited model: one entry a turn, in memory or as one file each in a directory.
 
-A file `000001.safetensors` holds the turn's delta, the statistics after it and its record. It is
+A file `000001.safetensors` holds the turn's delta, the statistics after it, keys and record. It is
 written whole, synced and then renamed, so that a version exists completely or not at all.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from torch import Tensor
 
 from ultraedit_kernels.delta import EditDelta
 from ultraedit_kernels.statistics import Statistics, from_tensors, to_tensors
@@ -24,6 +25,8 @@ class Entry:
 
     delta: EditDelta
     statistics: dict[str, Statistics]
+    held: dict[str, Tensor]
+    """Module → keys [n, d_in] of the edits that held: anchors of the turns to come."""
     record: dict[str, Any]
     """What the turn was: JSON-able; holds at least "version" and "digest"."""
 
@@ -97,7 +100,9 @@ class Journal:
             "record": json.dumps(entry.record),
         }
         temporary = path.with_suffix(".tmp")
-        safetensors.torch.save_file(entry.delta.tensors() | statistics, temporary, metadata)
+        held = {f"held.{name}": keys.cpu().contiguous() for name, keys in entry.held.items()}
+        tensors = entry.delta.tensors() | statistics | held
+        safetensors.torch.save_file(tensors, temporary, metadata)
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
@@ -115,8 +120,10 @@ class Journal:
                 f"{path} is damaged ({error}); restore it from a backup, or remove it and all "
                 "later versions"
             ) from error
-        factors = {n: t for n, t in tensors.items() if not n.startswith("statistics.")}
-        return Entry(EditDelta.from_tensors(factors, metadata, str(path)), statistics, record)
+        held = {n.removeprefix("held."): t for n, t in tensors.items() if n.startswith("held.")}
+        factors = {n: t for n, t in tensors.items() if not n.startswith(("statistics.", "held."))}
+        delta = EditDelta.from_tensors(factors, metadata, str(path))
+        return Entry(delta, statistics, held, record)
 
 
 def _sync(path: Path) -> None:
