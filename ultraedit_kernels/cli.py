@@ -105,7 +105,7 @@ Anchors = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        show_default="4.0",
+        show_default="300",
         help="Texts of the model's own that are held still.",
         rich_help_panel=_HOW,
     ),
