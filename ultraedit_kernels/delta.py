@@ -181,3 +181,11 @@ def digest(weight: Tensor) -> str:
     state = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
     state.update(plain.flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
+
+
+def digest_all(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named weights, whatever their order, hexadecimal."""
+    state = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        state.update(f"{name} {digest(weight)}".encode())
+    return state.hexdigest()

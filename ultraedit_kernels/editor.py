@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from ultraedit_kernels.anchors import (
     own_texts,
 )
 from ultraedit_kernels.data import EditRequest, Prompt, check_turn
-from ultraedit_kernels.delta import EditDelta, digest
+from ultraedit_kernels.delta import EditDelta, digest, digest_all
 from ultraedit_kernels.encoding import Sequence, encode
 from ultraedit_kernels.journal import Entry, Journal
 from ultraedit_kernels.presets import resolve_modules
@@ -56,6 +55,8 @@ class TurnResult:
     edits: tuple[EditOutcome, ...]
     timings: dict[str, float]
     """Milliseconds: capture_ms, solve_ms, commit_ms, total_ms."""
+    delta: EditDelta = field(repr=False, compare=False)
+    """The change of the turn, committed or not."""
 
 
 class Editor:
@@ -183,9 +184,9 @@ class Editor:
                 yield phase
             outcomes = _outcomes(requests, result)
             commit_begun = time.perf_counter()
+            delta = EditDelta(result.delta, dict(self._base), asdict(self.settings))
             if commit:
                 checks.finite(**{f"edited {n}": w for n, w in self.weights.items()})
-                delta = EditDelta(result.delta, dict(self._base), asdict(self.settings))
                 self._commit("edit", delta, result.statistics, result.held, outcomes)
                 self._protect(result.held)
                 committed = True
@@ -199,7 +200,7 @@ class Editor:
             "commit_ms": (ended - commit_begun) * 1e3,
             "total_ms": (ended - begun) * 1e3,
         }
-        return TurnResult(self.version, outcomes, timings)
+        return TurnResult(self.version, outcomes, timings, delta)
 
     def rollback(self, version: int) -> None:
         """Return to a version bit for bit: from the pristine weights, by replay.
@@ -259,7 +260,7 @@ class Editor:
             raise
         took = (time.perf_counter() - begun) * 1e3
         timings = {"capture_ms": 0.0, "solve_ms": 0.0, "commit_ms": took, "total_ms": took}
-        return TurnResult(self.version, (), timings)
+        return TurnResult(self.version, (), timings, delta)
 
     def history(self) -> list[dict[str, Any]]:
         """One JSON-able record per version, oldest first."""
@@ -267,10 +268,7 @@ class Editor:
 
     def digest(self) -> str:
         """SHA-256 over the edited weights, hexadecimal."""
-        state = hashlib.sha256()
-        for name, weight in sorted(self.weights.items()):
-            state.update(f"{name} {digest(weight)}".encode())
-        return state.hexdigest()
+        return digest_all(self.weights)
 
     def save_statistics(self, path: str | Path) -> None:
         """Write the running statistics as a safetensors file, to continue the stream later."""

@@ -23,9 +23,22 @@ def update_statistics(stats: Statistics, keys: Tensor, grads: Tensor) -> Statist
     """See `ultraedit_kernels.operations.update_statistics`."""
     if len(keys) == 0:
         return stats
-    parts = [torch.var_mean(x.to(_compute_dtype(x)), dim=0, correction=0) for x in (keys, grads)]
-    var, mean = (torch.cat([p[i].double() for p in parts]) for i in (0, 1))
-    return stats.merge(len(keys), mean, var * len(keys))
+    parts = [_moments(x.to(_compute_dtype(x))) for x in (keys, grads)]
+    mean, m2 = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    return stats.merge(len(keys), mean, m2)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and M2 of the columns of x [n, d], float64.
+
+    Two passes over deviations from the first row, so that a constant column has M2 zero. Sums are
+    products with a row of ones, which run at the speed of memory where column sums do not.
+    """
+    ones = x.new_ones(1, len(x))
+    deviation = x - x[0]
+    shift = (ones @ deviation).squeeze(0) / len(x)
+    m2 = ones @ deviation.sub_(shift).square_()
+    return x[0].double() + shift.double(), m2.squeeze(0).double()
 
 
 def edit_values(keys: Tensor, grads: Tensor, stats: Statistics, lr: float) -> Tensor:

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import inspect
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,10 +196,12 @@ class UltraEditWorker:
 
     @_rpc
     def ultraedit_status(self, digest: bool) -> dict[str, Any]:
-        """The live version and, if asked for, SHA-256 of the weights that vLLM serves from."""
+        """The live version and, if asked for, `Editor.digest` of the weights vLLM serves from."""
+        from ultraedit_kernels.delta import digest_all
+
         self._ultraedit_require_editor()
-        live = self._ultraedit_twin.live
-        return {"version": self._ultraedit_live, "digest": _digest(live) if digest else None}
+        found = digest_all(self._ultraedit_twin.live) if digest else None
+        return {"version": self._ultraedit_live, "digest": found}
 
     def _ultraedit_require_editor(self) -> Editor:
         if self._ultraedit_editor is None:
@@ -229,24 +229,14 @@ class UltraEditWorker:
         editor = self._ultraedit_require_editor()
         if probes is None:
             return _result((yield from editor.steps(requests)))
-        edited: dict[str, torch.Tensor] = {}
-        with closing(editor.steps(requests, commit=False)) as steps:
-            while True:
-                try:
-                    phase = next(steps)
-                except StopIteration as stop:
-                    result = _result(stop.value)
-                    break
-                if phase == "solve":  # the editor puts the weights back at its end
-                    edited = {name: weight.clone() for name, weight in editor.weights.items()}
-                yield
+        result = yield from editor.steps(requests, commit=False)
         try:
-            for name, weight in edited.items():
-                editor.weights[name].copy_(weight)
-            result["answers"] = yield from self._ultraedit_answers(probes)
+            for name, factor in result.delta.factors.items():
+                factor.apply(editor.weights[name])
+            answers = yield from self._ultraedit_answers(probes)
         finally:
             self._ultraedit_restore_shadow()
-        return result
+        return _result(result) | {"answers": answers}
 
     def _ultraedit_answers(self, probes: list[dict[str, Any]]) -> Generator[None, None, list[str]]:
         from ultraedit_kernels.generation import generate
@@ -274,16 +264,6 @@ class UltraEditWorker:
 def _result(result: TurnResult) -> dict[str, Any]:
     edits = [{"succeeded": e.succeeded, "rounds": e.rounds} for e in result.edits]
     return {"version": result.version, "edits": edits, "timings": dict(result.timings)}
-
-
-def _digest(weights: Mapping[str, torch.Tensor]) -> str:
-    """As `Editor.digest`, of the live weights."""
-    from ultraedit_kernels.delta import digest
-
-    state = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        state.update(f"{name} {digest(weight)}".encode())
-    return state.hexdigest()
 
 
 def _last_layer_only(modules: list[str], config: Any) -> bool:
