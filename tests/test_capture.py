@@ -165,12 +165,17 @@ def test_only_answer_positions_reach_the_output_head():
     assert rows == [(1, sum(t for _, t in LENGTHS), 97)]
 
 
-def test_half_precision_gradients_do_not_underflow():
+@pytest.mark.parametrize(
+    "dtype, grad_dtype", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_half_precision_gradients_do_not_underflow(dtype, grad_dtype):
     model, modules = make_model("llama", torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-4)  # gradients of about 1e-7
     expected = capture(model, make_sequences(), modules)
-    half = capture(model.to(torch.bfloat16), make_sequences(), modules)
+    half = capture(model.to(dtype), make_sequences(), modules)
     for m in modules:
-        assert half.grads[m].dtype == torch.bfloat16
+        assert half.grads[m].dtype == grad_dtype
         assert relative(half.grads[m], expected.grads[m]) < 0.1
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from ultraedit_kernels.encoding import Sequence
 
-LOSS_SCALE = {torch.float16: 2.0**12}
-"""Gradients of a mean loss underflow in float16; they are scaled up for the backward pass."""
+LOSS_SCALE = 2.0**12
+"""Gradients of a mean loss underflow in float16; they are scaled up for the backward pass, and back
+in float32."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Captured:
     keys: dict[str, Tensor]
     """Per module [n, d_in], in the model's dtype."""
     grads: dict[str, Tensor]
-    """Per module [n, d_out]: gradient of the loss averaged over the n answer tokens. Empty dict
-    when captured without gradients."""
+    """Per module [n, d_out], in the model's dtype (float16: float32): gradient of the objective
+    averaged over the n answer tokens. Empty when captured without gradients."""
     owner: Tensor
     """[n] int64: index of the sequence in the batch."""
     loss: Tensor
@@ -92,12 +93,12 @@ def _capture(
             objective = F.cross_entropy(logits - handicap, batch.labels, reduction="none")
         grads: dict[str, Tensor] = {}
         if backward:
-            scale = LOSS_SCALE.get(next(iter(reader.outputs.values())).dtype, 1.0)
-            found = torch.autograd.grad(objective.mean() * scale, list(reader.outputs.values()))
-            grads = {
-                name: g[batch.answer].div_(scale)
-                for name, g in zip(reader.outputs, found, strict=True)
-            }
+            outputs = list(reader.outputs.values())
+            half = outputs[0].dtype == torch.float16
+            loss = objective.mean() * (LOSS_SCALE if half else 1.0)
+            for name, g in zip(reader.outputs, torch.autograd.grad(loss, outputs), strict=True):
+                g = g[batch.answer]
+                grads[name] = g.float().div_(LOSS_SCALE) if half else g
     logits = logits.detach()
     top = logits.topk(2, dim=-1)
     target = logits.gather(1, batch.labels[:, None]).squeeze(1)

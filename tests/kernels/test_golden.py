@@ -1,0 +1,17 @@
+"""The golden vectors through the public operations, with Triton as their backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.test_operations import STREAMS, check_golden
+from ultraedit_kernels import operations
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_golden_vectors(stream, dtype, tolerance, monkeypatch):
+    monkeypatch.setenv("ULTRAEDIT_KERNELS", "triton")
+    assert operations.backend(torch.empty(0)).__name__ == "ultraedit_kernels.kernels"
+    check_golden(stream, operations, dtype, tolerance)
