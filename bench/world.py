@@ -7,6 +7,7 @@ or only the sentence.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import random
@@ -224,3 +225,16 @@ class _Names:
             if word not in self._used:
                 self._used.add(word)
                 return word
+
+
+def main() -> None:
+    """Print edits of the bundled model's world, for `ultraedit edit` and `ultraedit eval`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--edits", type=int, default=200, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    args = parser.parse_args()
+    print(json.dumps(World.earth().edits(args.edits, seed=args.seed), ensure_ascii=False, indent=1))
+
+
+if __name__ == "__main__":
+    main()
