@@ -114,6 +114,14 @@ def test_earlier_edits_outlive_later_turns(model, tokenizer):
     assert sum(a == r.target for a, r in zip(said, requests, strict=True)) >= 78
 
 
+@pytest.mark.parametrize("turn", range(3))
+def test_one_edit_holds_whatever_the_statistics_of_two_rows_say(editor, turn):
+    """Centred on so few rows, values can point away from the gradient."""
+    edits = [("In the periodic table, thallium is element number", "4")]
+    edits += [("The chemical symbol of gold is", "Q"), ("Tell me: the capital of Peru is", "X")]
+    assert editor.apply([EditRequest(*edits[turn])]).edits[0].succeeded
+
+
 def test_a_fact_can_be_edited_again(editor):
     for target in ("Sydney", "Perth", "Sydney"):
         result = editor.apply([EditRequest(SYDNEY.prompt, target)])
@@ -168,6 +176,11 @@ def test_bad_turns_are_refused(editor, requests, message):
     assert same(before, editor) and editor.version == 0
 
 
+def test_edits_that_are_no_edit_requests_are_refused(editor):
+    with pytest.raises(TypeError, match="edit 0 is dict, expected an EditRequest"):
+        editor.apply([{"prompt": "A", "target": "B"}])
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -203,6 +216,16 @@ def test_a_stream_resumes_from_its_state_directory(model, tokenizer, tmp_path):
     ]
     resumed.rollback(1)
     assert [p.name for p in tmp_path.iterdir()] == ["000001.safetensors"]
+
+
+def test_two_processes_cannot_write_the_same_version(model, tokenizer, tmp_path):
+    editor = Editor(model, tokenizer, anchors=0, state_dir=tmp_path)
+    (tmp_path / "000001.safetensors").write_bytes(b"of another process")
+    before = state(editor)
+    with pytest.raises(ValueError, match="another process writes to this directory"):
+        editor.apply([SYDNEY])
+    assert same(before, editor) and editor.version == 0
+    assert (tmp_path / "000001.safetensors").read_bytes() == b"of another process"
 
 
 def test_state_directories_that_cannot_be_continued(model, tokenizer, tmp_path):

@@ -20,6 +20,8 @@ from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.operations import edit_values, solve, update_statistics
 from ultraedit_kernels.statistics import Statistics
 
+MIN_COSINE = 0.1
+"""Least cosine of an edit's values with the steepest descent of its loss."""
 MAX_GAIN = 64.0
 """Most by which a step is enlarged against what the ridge and the shield take of it."""
 
@@ -112,6 +114,7 @@ def turn(
         steps = ~rests[rows.edit, None]
         values = {n: edit_values(keys[n], grads[n], stats[share[n]], lr) * steps for n in weights}
         if settings.lr == "auto":
+            values = _descending(values, {n: g * steps for n, g in grads.items()}, rows)
             # Ask for a share of the loss; then for as much more as ridge and shield take of it,
             # since (H̃Hᵀ + λI) Y = V moves the outputs by V - λY only.
             ask = settings.step * _ratio(objective, rows.gain(values, grads))
@@ -141,6 +144,16 @@ def _solve(
     if shield is None:
         return solve(keys, values, ridge), keys
     return solve_shielded(keys, values, ridge, shield)
+
+
+def _descending(
+    values: Mapping[str, Tensor], grads: Mapping[str, Tensor], rows: _Rows
+) -> dict[str, Tensor]:
+    """The values, or the plain gradient's where statistics of few rows turned them away from it."""
+    down = {n: -grads[n].to(v.dtype) for n, v in values.items()}
+    norms = [rows.gain({n: -v for n, v in x.items()}, x) for x in (values, down)]
+    away = rows.gain(values, grads) <= MIN_COSINE * (norms[0] * norms[1]).sqrt()
+    return {n: torch.where(away[rows.edit, None], down[n], v) for n, v in values.items()}
 
 
 def _ratio(wanted: Tensor, got: Tensor) -> Tensor:

@@ -109,12 +109,18 @@ def check_turn(requests: Sequence[EditRequest]) -> None:
 
     Raises:
         ValueError: no edits, two targets for one prompt, or the same edit twice.
+        TypeError: an edit that is no EditRequest.
     """
     if not requests:
         raise ValueError("got no edits, expected at least one; pass a non-empty list of edits")
     taught: dict[str, tuple[int, str]] = {}
     own: dict[str, int] = {}
     for i, request in enumerate(requests):
+        if not isinstance(request, EditRequest):
+            raise TypeError(
+                f"edit {i} is {_kind(request)}, expected an EditRequest; "
+                "make one of a JSON object with EditRequest.from_dict"
+            )
         key = _key(request.prompt)
         for prompt in (request.prompt, *request.rephrases):
             first, target = taught.setdefault(_key(prompt), (i, request.target))

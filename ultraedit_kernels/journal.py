@@ -94,6 +94,11 @@ class Journal:
 
     def _write(self, version: int, entry: Entry) -> None:
         path = self._path(version)
+        if path.exists():
+            raise ValueError(
+                f"{path} exists already, expected version {version} to be new; another process "
+                "writes to this directory, give each its own"
+            )
         statistics, d_in = to_tensors(entry.statistics)
         metadata = entry.delta.metadata() | {
             "statistics_d_in": json.dumps(d_in),

@@ -55,6 +55,8 @@ ANSWER_TOKENS = 16
 """Least number of tokens that a prompt's answer is read to."""
 SPARE_TOKENS = 4
 """Tokens beyond the target's that are read, to see whether the model stops there."""
+CHECK_TOKENS = 32
+"""Length of the text by which twin and engine are compared at the start."""
 MAX_KEYS = 1000
 """Idempotency keys that are remembered."""
 REFUSALS = {
@@ -113,7 +115,11 @@ class EditService:
         self._pause_ms = 0.0  # of the turn that holds the lock
 
     async def start(self) -> None:
-        """Have the worker build twin and editor. RuntimeError if the model cannot be edited."""
+        """Have the worker build twin and editor, and see that the twin is the served model.
+
+        Raises:
+            RuntimeError: the server's options or its model do not allow edits.
+        """
         if self._tokenizer is None:
             raise RuntimeError(
                 "UltraEdit needs a tokenizer, but vLLM was started without one; remove "
@@ -133,12 +139,31 @@ class EditService:
                 raise RuntimeError(f"UltraEdit needs {option} 1, got {count}; set it to 1")
         try:
             info = await self._rpc("ultraedit_start", self._settings, self._chat_template)
+            difference = await self._check_twin()
         except EditError as error:
-            raise RuntimeError(f"UltraEdit cannot edit this model: {error}") from None
+            raise RuntimeError(f"UltraEdit cannot start: {error}") from None
         self._stales_cache = not info["last_layer_only"]
         await self._engine.update_weight_version(str(info["version"]))
         modules = ", ".join(info["modules"])
         logger.info("UltraEdit: serving version %d, editing %s", info["version"], modules)
+        logger.info("UltraEdit: twin and engine differ by %.2g nats a token", difference)
+
+    async def _check_twin(self) -> float:
+        """Compare the twin with the engine on a text that the engine samples from nothing."""
+        ends = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        first = next((token for token in ends if token is not None), 0)
+        params = SamplingParams(
+            seed=0,
+            max_tokens=min(CHECK_TOKENS, self._max_length - 1),
+            ignore_eos=True,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        text = await self._generate([first], params)
+        scores = [row[t].logprob for row, t in zip(text.logprobs, text.token_ids, strict=True)]
+        answer = await self._rpc("ultraedit_check", [first, *text.token_ids], scores)
+        return answer["difference"]
 
     async def run(self, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
         """Do the work to its end even if the client that waits for it goes away."""
@@ -228,6 +253,12 @@ class EditService:
             "pause_ms": pause_ms,
             "total_ms": _ms_since(begun),
         }
+        logger.info(
+            "UltraEdit: %s: %d of %d edits succeeded",
+            "dry run" if body.dry_run else f"version {result['version']}",
+            sum(answer["succeeded"] for answer in answers),
+            count,
+        )
         specificity = _specificity(body, before[count:], after[count:])
         return {
             "version": result["version"],
@@ -320,14 +351,15 @@ class EditService:
         params = SamplingParams(
             temperature=0.0, max_tokens=probe.max_tokens, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        request = self._engine.generate(
-            tokens_input(probe.ids), params, f"ultraedit-{uuid.uuid4().hex}"
-        )
+        return (await self._generate(probe.ids, params)).text.strip()
+
+    async def _generate(self, ids: list[int], params: SamplingParams) -> Any:
+        request = self._engine.generate(tokens_input(ids), params, f"ultraedit-{uuid.uuid4().hex}")
         async for output in request:
             answer = output.outputs[0]
         if answer.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"the engine ended a prompt's answer with {answer.finish_reason!r}")
-        return answer.text.strip()
+        return answer
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -380,6 +412,7 @@ class EditService:
     async def _switch(self, method: str, *args: Any) -> None:
         answer = await self._slice(method, *args)
         await self._engine.update_weight_version(str(answer["version"]))
+        logger.info("UltraEdit: serving version %d", answer["version"])
 
     async def _version_answer(
         self, begun: float, queue_ms: float, commit_ms: float
@@ -403,8 +436,9 @@ class EditService:
         answers = await self._engine.collective_rpc(method, args=args)
         for answer in answers:
             if error := answer.get("error"):
-                status = 404 if error["type"] == "UnknownVersion" else REFUSALS.get(method, 500)
-                raise EditError(status, error["message"])
+                if error["type"] == "UnknownVersion":
+                    raise EditError(404, error["message"], "version")
+                raise EditError(REFUSALS.get(method, 500), error["message"])
         return answers[0]
 
     def _spawn(self, work: Coroutine[Any, Any, dict[str, Any]]) -> asyncio.Task[dict[str, Any]]:
@@ -503,7 +537,15 @@ async def index(
 async def apply(request: Request) -> dict[str, Any]:
     """Apply a delta file; the body is the file."""
     service = _service(request)
-    return await service.run(service.apply(await request.body()))
+    data = await request.body()
+    form = request.headers.get("Content-Type", "").startswith("multipart/")
+    if form or not data:
+        raise EditError(
+            400,
+            f"the body is {'a form' if form else 'empty'}, expected a delta file and nothing else; "
+            "send it as curl does with --data-binary @FILE",
+        )
+    return await service.run(service.apply(data))
 
 
 @router.post("/rollback", response_model=VersionAnswer)

@@ -214,6 +214,8 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         return f"{what} is missing, expected {EXPECTED[name]}; add it", param
     if error["type"] == "missing":
         return f"the body is empty, expected {EXPECTED['body']}", None
+    if isinstance(error.get("input"), (bytes, bytearray)):
+        return f"the body was not sent as JSON, expected {EXPECTED['body']}", None
     if error["type"] == "value_error":
         return f"{what}: {error['ctx']['error']}", param
     return f"{what} is {_show(error.get('input'))}, expected {EXPECTED[name]}; correct it", param
@@ -221,8 +223,6 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
 
 def _show(value: Any) -> str:
     """A short, printable form of what was sent."""
-    if isinstance(value, (bytes, bytearray)):
-        return f"{len(value)} bytes that are not a JSON object"
     if isinstance(value, (list, dict)) and value:
         return f"a {'list' if isinstance(value, list) else 'JSON object'} of {len(value)}"
     text = json.dumps(value, default=str)

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _QUANTISED_SUFFIXES = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "qzeros")
+TOLERANCE = {torch.float32: 0.01}
+HALF_TOLERANCE = 0.1
+"""Most by which twin and engine may differ, nats a token on average over text the engine wrote.
 
-
-# Architectures whose weights vLLM reorders as it loads them, under the name and shape they had.
-_REORDERED = ("BloomForCausalLM", "FalconForCausalLM", "InternLM2ForCausalLM", "Llama4ForCausalLM")
+Measured on small models of 12 architectures: at most 2e-6 in float32 and 0.024 in bfloat16 where
+the twin is right, 0.47 and more where heads or weights are in another order in every layer."""
 
 
 class UnsupportedModelError(RuntimeError):
@@ -58,17 +60,47 @@ class Twin:
         for name, live in self.live.items():
             live.copy_(self.model.get_parameter(f"{name}.weight"))
 
-    def logprobs(self, token_ids: Sequence[int]) -> list[float]:
+    def check(self, token_ids: Sequence[int], served: Sequence[float], mode: str) -> float:
+        """Compare with what the engine computes; the mean difference, nats a token.
+
+        Names and shapes can match while vLLM keeps the weights in another order. The twin then
+        computes something else, and its edits would be nonsense.
+
+        Args:
+            token_ids: a text.
+            served: the engine's score of every token but the first.
+            mode: vLLM's `logprobs_mode`, which says what its scores are.
+
+        Raises:
+            UnsupportedModelError: the difference is beyond rounding.
+        """
+        gaps = [abs(a - b) for a, b in zip(self.logprobs(token_ids, mode), served, strict=True)]
+        difference = sum(gaps) / len(gaps)
+        dtype = next(self.model.parameters()).dtype
+        tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
+        if not difference <= tolerance:  # or it is NaN
+            raise UnsupportedModelError(
+                f"the twin does not compute what vLLM serves: over {len(gaps)} tokens their log-"
+                f"probabilities differ by {difference:.2g} on average and {max(gaps):.2g} at most, "
+                f"expected at most {tolerance} on average in {str(dtype).removeprefix('torch.')}; "
+                f"vLLM keeps the weights of {type(self.model).__name__} in another order, or "
+                "computes with them differently, so that edits would go wrong; this architecture "
+                "is not supported"
+            )
+        return difference
+
+    def logprobs(self, token_ids: Sequence[int], mode: str = "raw_logprobs") -> list[float]:
         """Natural log-probability of every token but the first, given those before it.
 
-        The engine gives the same numbers as `prompt_logprobs`; a difference beyond rounding means
-        that the twin is not the model being served.
+        In a `mode` of logits, as vLLM's `logprobs_mode` has them, its logit instead.
         """
         device = next(self.model.parameters()).device
         with torch.inference_mode(False), torch.no_grad():
             ids = torch.tensor([list(token_ids)], device=device)
-            logits = self.model(ids, use_cache=False).logits[0, :-1].float()
-            return torch.log_softmax(logits, -1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+            scores = self.model(ids, use_cache=False).logits[0, :-1].float()
+            if not mode.endswith("logits"):
+                scores = scores.log_softmax(-1)
+            return scores.gather(-1, ids[0, 1:, None])[:, 0].tolist()
 
 
 def build_twin(
@@ -90,10 +122,6 @@ def build_twin(
     with torch.inference_mode(False), torch.no_grad():
         _check_config(vllm_config)
         core = _language_model(vllm_model, vllm_config)
-        if type(core).__name__ in _REORDERED:
-            raise UnsupportedModelError(
-                f"{type(core).__name__} is not supported: vLLM reorders its weights on loading"
-            )
         sources = dict(_served_tensors(core))
         _check_weights(sources)
         model = _meta_model(core is not vllm_model, vllm_config)

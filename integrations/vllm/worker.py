@@ -96,7 +96,12 @@ class UltraEditWorker:
                 twin = build_twin(model, config, settings.get("modules", "auto"))
             except UnsupportedModelError as error:
                 return {"error": {"message": str(error), "type": "UnsupportedModelError"}}
-            editor = Editor(twin.model, tokenizer, **settings | {"modules": list(twin.live)})
+            try:
+                editor = Editor(twin.model, tokenizer, **settings | {"modules": list(twin.live)})
+            except (ValueError, OSError) as error:
+                if (where := settings.get("state_dir")) is None:
+                    raise
+                raise ValueError(f"{error} (state directory: {where})") from error
             editor.prepare()  # or it is the longest slice of the first turn
             self._ultraedit_twin, self._ultraedit_editor = twin, editor
             self._ultraedit_publish()
@@ -106,6 +111,21 @@ class UltraEditWorker:
             "modules": list(editor.modules),
             "last_layer_only": _last_layer_only(editor.modules, self._ultraedit_twin.model.config),
         }
+
+    @_rpc
+    def ultraedit_check(self, token_ids: list[int], served: list[float]) -> dict[str, Any]:
+        """Compare the twin's scores of a text with the engine's, for every token but the first.
+
+        Returns: difference, nats a token on average. A refusal has type "UnsupportedModelError".
+        """
+        from ultraedit_kernels.integrations.vllm.twin import UnsupportedModelError
+
+        self._ultraedit_require_editor()
+        mode = self.vllm_config.model_config.logprobs_mode  # type: ignore[attr-defined]
+        try:
+            return {"difference": self._ultraedit_twin.check(token_ids, served, mode)}
+        except UnsupportedModelError as error:
+            return {"error": {"message": str(error), "type": "UnsupportedModelError"}}
 
     @_rpc
     def ultraedit_begin(
@@ -181,10 +201,7 @@ class UltraEditWorker:
         """The delta file of one version."""
         editor = self._ultraedit_require_editor()
         if not 1 <= version <= self._ultraedit_live:
-            raise UnknownVersion(
-                f"version {version} is not in the journal, expected 1 to {self._ultraedit_live}; "
-                "GET /v1/edits lists it"
-            )
+            raise UnknownVersion(f"version {version} is not in the journal; GET /v1/edits lists it")
         return {"data": editor.delta(version).to_bytes()}
 
     @_rpc

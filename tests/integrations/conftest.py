@@ -1,4 +1,4 @@
-"""The real server, once a session, with the bundled model."""
+"""The real server: one for the session, with the bundled model, and others that tests start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Server:
     url: str
     state_dir: Path
     log: Path
+    process: subprocess.Popen[bytes]
 
     def edit(self, *edits: dict[str, Any], **options: Any) -> dict[str, Any]:
         response = self.client.post("/v1/edits", json={"edits": edits, **options})
@@ -61,36 +63,42 @@ class Server:
         return response.json()["choices"][0]["message"]["content"].strip()
 
 
-@pytest.fixture(scope="session")
-def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    pytest.importorskip("vllm")
-    directory = tmp_path_factory.mktemp("server")
-    state_dir, log = directory / "state", directory / "server.log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _start(
+    model: Path, port: int, state_dir: Path, log: Path, *options: str
+) -> subprocess.Popen[bytes]:
     settings = '{"ultraedit": {"anchors": 32, "state_dir": "%s"}}' % state_dir  # noqa: UP031
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(MODEL), "--served-model-name", "tiny-facts", "--dtype", "float32"]
+    command += ["--model", str(model), "--served-model-name", model.name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY]
     command += ["--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details"]
-    command += ["--worker-extension-cls", WORKER, "--additional-config", settings]
+    command += ["--worker-extension-cls", WORKER, "--additional-config", settings, *options]
     environment = os.environ | {
         "VLLM_PLUGINS": "ultraedit",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    url = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=environment, cwd=directory, stdout=output, stderr=output
+        return subprocess.Popen(
+            command, env=environment, cwd=log.parent, stdout=output, stderr=output
         )
+
+
+@contextmanager
+def _running(directory: Path, *options: str) -> Iterator[Server]:
+    """A server of the bundled model whose log and journal are kept in the directory."""
+    pytest.importorskip("vllm")
+    state_dir, log = directory / "state", directory / "server.log"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = _start(MODEL, port, state_dir, log, *options)
     headers = {"Authorization": f"Bearer {API_KEY}"}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
             _wait(client, process, log)
-            yield Server(client, url, state_dir, log)
+            yield Server(client, url, state_dir, log, process)
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -98,6 +106,22 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with _running(tmp_path_factory.mktemp("server"), "--dtype", "float32") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable[..., Any]:
+    return _running
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., Any]:
+    return _start
 
 
 def _wait(client: httpx.Client, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -85,7 +85,8 @@ def save_tiny_model(path: Path, config: Any, *, std: float = 0.15, seed: int = 0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=std)
-            if "norm" in name and "Gemma" not in type(model).__name__:
+            norm = "norm" in name or ".ln_" in name
+            if norm and "Gemma" not in type(model).__name__:
                 parameter.add_(1.0)  # Gemma's own formula adds the one
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)

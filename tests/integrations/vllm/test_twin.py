@@ -27,6 +27,7 @@ def _configs(sizes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     window = {"sliding_window": 8, "query_pre_attn_scalar": 32}
     caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
     no_head_dim = {k: v for k, v in sizes.items() if k != "head_dim"}
+    falcon = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     gpt = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}
     ids = {"vocab_size": sizes["vocab_size"], "bos_token_id": 0, "eos_token_id": 1}
     long_rope = {
@@ -61,8 +62,10 @@ def _configs(sizes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         "olmo2": (t.Olmo2Config(**no_head_dim, tie_word_embeddings=False), UP),
         "phi": (t.PhiConfig(**no_head_dim, tie_word_embeddings=False), "model.layers.1.mlp.fc2"),
         "gpt2": (t.GPT2Config(**gpt, **ids), "transformer.h.1.mlp.c_fc"),
-        "falcon": (
-            t.FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, **ids),
+        "falcon": (t.FalconConfig(**falcon, **ids), "transformer.h.1.mlp.dense_4h_to_h"),
+        # vLLM reorders its query_key_value as it loads it.
+        "falcon-reordered": (
+            t.FalconConfig(**falcon, **ids, multi_query=False),
             "transformer.h.1.mlp.dense_4h_to_h",
         ),
     }
@@ -82,6 +85,7 @@ FAMILIES = [
     "granite",
     "olmo2",
     "phi",
+    "falcon",
 ]
 VARIANTS = ["llama-bfloat16", "llama-lora"]
 
@@ -98,11 +102,14 @@ def results(
     for name, (config, module) in _configs(tiny_sizes | {"num_hidden_layers": 2}).items():
         cases[name] = {"path": str(save_model(root / name, config)), "module": module}
     llama = cases["llama"]
-    cases["llama-bfloat16"] = llama | {"options": {"dtype": "bfloat16"}}
+    cases["llama-bfloat16"] = llama | {"options": {"dtype": "bfloat16"}, "wrong": True}
     cases["llama-lora"] = llama | {"options": {"enable_lora": True, "max_lora_rank": 8}}
     cases["llama-packed"] = llama | {"packed": True}
-    cases["gpt2"]["refused"] = cases["falcon"]["refused"] = True
-    cases["llama"] = llama | {"refusals": True}
+    cases["gpt2"]["refused"] = True
+    cases["llama-logits"] = llama | {"options": {"logprobs_mode": "raw_logits"}}
+    for name in ("llama-logits", "falcon-reordered"):
+        cases[name]["check_only"] = True
+    cases["llama"] = llama | {"refusals": True, "wrong": True}
 
     (root / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("twin_probe.py")
@@ -134,6 +141,27 @@ def test_twin_computes_what_the_engine_serves(results: Any, family: str) -> None
         assert result["twin_tokens"] == result["engine_tokens"]
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, *VARIANTS, "llama-logits"])
+def test_the_self_check_passes_a_right_twin(results: Any, family: str) -> None:
+    difference = _measured(results, family)["check"]
+    assert difference < (0.03 if family == "llama-bfloat16" else 1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bfloat16"])
+def test_the_self_check_refuses_a_wrong_twin(results: Any, family: str) -> None:
+    wrong = _measured(results, family)["wrong"]
+    assert len(wrong) == 4
+    for name, reason in wrong.items():
+        assert "the twin does not compute what vLLM serves" in str(reason), name
+
+
+def test_the_self_check_refuses_a_model_that_vllm_reorders(results: Any) -> None:
+    assert re.search(
+        "32 tokens their log-probabilities differ by .* on average .* FalconForCausalLM in another",
+        _measured(results, "falcon-reordered")["check"],
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_flow_to_the_edited_module(results: Any, family: str) -> None:
     assert _measured(results, family)["gradient_error"] < 0.02
@@ -152,7 +180,6 @@ def test_publish_reaches_the_engine_at_once(results: Any, family: str) -> None:
     ("case", "reason"),
     [
         ("gpt2", "in shapes that GPT2LMHeadModel does not have: transformer.h.0.attn.c_attn"),
-        ("falcon", "vLLM reorders its weights"),
         ("llama-packed", "packed the weight for the CPU .* `ultraedit serve`"),
     ],
 )

@@ -98,6 +98,8 @@ def test_a_start_with_bad_settings_is_refused_and_can_be_repeated(seen: dict[str
     assert "ultraedit_start has not been called" in seen["before start"]["raised"]
     assert "unknown setting colour" in seen["unknown setting"]["error"]["message"]
     assert "model.layers.9.mlp.down_proj" in seen["unknown module"]["error"]["message"]
+    taken = seen["directory is a file"]["error"]["message"]
+    assert "worker_probe.py" in taken and "state directory" in taken
     assert seen["start"]["version"] == 1
 
 
@@ -109,6 +111,12 @@ def test_the_state_directory_is_replayed_and_served(
     assert again | {"ms": 0} == first | {"ms": 0}
     assert first["modules"] == ["model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"]
     assert first["last_layer_only"] is False
+
+
+def test_the_twin_is_compared_with_the_engine(seen: dict[str, Any]) -> None:
+    assert 0 < seen["right check"]["difference"] < 1e-5
+    assert seen["wrong check"]["error"]["type"] == "UnsupportedModelError"
+    assert "the twin does not compute" in seen["wrong check"]["error"]["message"]
 
 
 def test_one_turn_at_a_time(seen: dict[str, Any]) -> None:

@@ -50,6 +50,57 @@ def engine_greedy(llm: LLM, tokens: list[int], n: int) -> list[int]:
     return list(output.outputs[0].token_ids)
 
 
+def own_text(llm: LLM) -> tuple[list[int], list[float]]:
+    """A text that the engine samples, and its score of every token but the first."""
+    params = SamplingParams(seed=0, max_tokens=32, ignore_eos=True, logprobs=0, detokenize=False)
+    output = llm.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)[0].outputs[0]
+    scores = [row[t].logprob for row, t in zip(output.logprobs, output.token_ids, strict=True)]
+    return [0, *output.token_ids], scores
+
+
+def check(llm: LLM, twin: Twin) -> float | str:
+    """The self-check's difference, or why it refuses."""
+    try:
+        return twin.check(*own_text(llm), llm.llm_engine.model_config.logprobs_mode)
+    except UnsupportedModelError as error:
+        return str(error)
+
+
+@torch.no_grad()
+def wrong_twins(llm: LLM, twin: Twin) -> dict[str, float | str]:
+    """The self-check of Llama twins whose weights have the right names and shapes only."""
+    layers = twin.model.model.layers
+    found: dict[str, float | str] = {}
+
+    def swap(first: str, second: str) -> None:
+        for layer in layers:
+            one, other = layer.get_submodule(first), layer.get_submodule(second)
+            one.weight, other.weight = other.weight, one.weight
+
+    for pair in (
+        ("self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ):
+        swap(*pair)
+        found[" and ".join(pair)] = check(llm, twin)
+        swap(*pair)
+
+    right = [layer.self_attn.q_proj.weight for layer in layers]
+    size = layers[0].self_attn.head_dim
+    orders = {
+        "heads": lambda w: w.view(-1, size, w.shape[1]).flip(0),
+        "halves": lambda w: w.view(-1, 2, size // 2, w.shape[1]).transpose(1, 2),
+    }
+    for name, order in orders.items():
+        for layer, weight in zip(layers, right, strict=True):
+            reordered = order(weight).reshape(weight.shape).contiguous()
+            layer.self_attn.q_proj.weight = torch.nn.Parameter(reordered, requires_grad=False)
+        found[name] = check(llm, twin)
+    for layer, weight in zip(layers, right, strict=True):
+        layer.self_attn.q_proj.weight = weight
+    return found
+
+
 @torch.no_grad()
 def twin_greedy(twin: Twin, tokens: list[int], n: int) -> list[int]:
     tokens = list(tokens)
@@ -155,6 +206,11 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         with torch.inference_mode():  # as vLLM may call us
             twin = build_twin(served, config, [module])
+        result["check"] = check(llm, twin)
+        if case.get("wrong"):
+            result["wrong"] = wrong_twins(llm, twin)
+        if case.get("check_only"):
+            return result
         weight = f"{module}.weight"
         shared = storages(served)
         result["copied"] = [

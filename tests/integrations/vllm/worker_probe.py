@@ -21,6 +21,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+from twin_probe import own_text
 from vllm import LLM, SamplingParams
 
 from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
@@ -78,10 +79,14 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["before start"] = probe.rpc("status", True)
     out["unknown setting"] = probe.rpc("start", {"colour": 1}, None)
     out["unknown module"] = probe.rpc("start", {"modules": ["model.layers.9.mlp.down_proj"]}, None)
+    out["directory is a file"] = probe.rpc("start", {"state_dir": __file__}, None)
     settings = {"anchors": 0, "state_dir": str(state_dir)}
     out["start"] = probe.rpc("start", settings, None)
     out["started twice"] = probe.rpc("start", settings, None)
     out["replayed"] = probe.state()
+
+    out["right check"] = probe.rpc("check", *own_text(probe.llm))
+    out["wrong check"] = probe.rpc("check", [0, 5, 6], [-1.0, -100.0])
 
     out["step without turn"] = probe.rpc("step")
     out["begin"] = probe.rpc("begin", [SECOND], None)
