@@ -218,6 +218,19 @@ def test_a_stream_resumes_from_its_state_directory(model, tokenizer, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["000001.safetensors"]
 
 
+def test_a_rollback_that_cannot_be_replayed_changes_nothing(model, tokenizer, tmp_path):
+    editor = Editor(model, tokenizer, anchors=0, state_dir=tmp_path)
+    editor.apply([SYDNEY])
+    editor.apply([AUSTEN])
+    before, path = state(editor), tmp_path / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"000001\.safetensors is damaged"):
+        editor.rollback(1)
+    assert same(before, editor) and editor.version == 2
+    editor.rollback(0)
+    assert editor.version == 0
+
+
 def test_two_processes_cannot_write_the_same_version(model, tokenizer, tmp_path):
     editor = Editor(model, tokenizer, anchors=0, state_dir=tmp_path)
     (tmp_path / "000001.safetensors").write_bytes(b"of another process")

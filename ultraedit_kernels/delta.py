@@ -49,6 +49,10 @@ class LowRank:
         """With further rows, coeff [n, d_out] and keys [n, d_in]."""
         return LowRank(torch.cat([self.coeff, coeff]), torch.cat([self.keys, keys]))
 
+    def cpu(self) -> LowRank:
+        """The same on the CPU."""
+        return LowRank(self.coeff.cpu(), self.keys.cpu())
+
     def apply(self, weight: Tensor) -> None:
         """W ← W + ΔW in place."""
         rank_k_update_(weight, self.coeff.to(weight.device), self.keys.to(weight.device))
@@ -92,7 +96,7 @@ class EditDelta:
     def tensors(self) -> dict[str, Tensor]:
         """The file's tensors by name, on the CPU."""
         return {
-            f"{name}.{part}": getattr(factor, part).cpu().contiguous()
+            f"{name}.{part}": getattr(factor.cpu(), part).contiguous()
             for name, factor in self.factors.items()
             for part in ("coeff", "keys")
         }

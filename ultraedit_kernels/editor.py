@@ -184,7 +184,9 @@ class Editor:
                 yield phase
             outcomes = _outcomes(requests, result)
             commit_begun = time.perf_counter()
-            delta = EditDelta(result.delta, dict(self._base), asdict(self.settings))
+            # Versions are kept on the CPU: the accelerator's memory is the model's.
+            factors = {name: factor.cpu() for name, factor in result.delta.items()}
+            delta = EditDelta(factors, dict(self._base), asdict(self.settings))
             if commit:
                 checks.finite(**{f"edited {n}": w for n, w in self.weights.items()})
                 self._commit("edit", delta, result.statistics, result.held, outcomes)
@@ -208,7 +210,7 @@ class Editor:
         Later versions are forgotten.
 
         Raises:
-            ValueError: no such version.
+            ValueError: no such version, or one that cannot be replayed; nothing is changed.
         """
         if isinstance(version, bool) or not isinstance(version, int):
             raise TypeError(f"version is a {type(version).__name__}, expected a whole number")
@@ -217,10 +219,25 @@ class Editor:
                 f"version {version} does not exist, expected 0 to {self.version}; 0 is the "
                 "untouched model"
             )
-        entries = (self._journal.entry(v) for v in range(1, version + 1))
+        start = {name: weight.clone() for name, weight in self.weights.items()}
+        try:
+            statistics = self._replay(version)
+        except BaseException:
+            self._set_weights(start)
+            raise
+        self._statistics = {
+            name: stats.to(self._first_statistics[name].mean.device)
+            for name, stats in statistics.items()
+        }
+        self._journal.truncate(version)
+        self._shields = None
+
+    def _replay(self, version: int) -> dict[str, Statistics]:
+        """Write the weights of a version; its statistics."""
         statistics = self._first_statistics
         self._set_weights(self._pristine)
-        for entry in entries:
+        for number in range(1, version + 1):
+            entry = self._journal.entry(number)
             self._check_base(entry.delta)
             for name, factor in entry.delta.factors.items():
                 factor.apply(self.weights[name])
@@ -230,12 +247,7 @@ class Editor:
                 f"replay of version {version} gives weights with digest {got}, expected {was}; "
                 "the versions were made by another library version, backend or device"
             )
-        self._statistics = {
-            name: stats.to(self._first_statistics[name].mean.device)
-            for name, stats in statistics.items()
-        }
-        self._journal.truncate(version)
-        self._shields = None
+        return statistics
 
     def delta(self, version: int) -> EditDelta:
         """The change that made `version` out of the version before it."""
@@ -392,7 +404,9 @@ class Editor:
             "digest": self.digest(),
             "edits": [asdict(outcome) for outcome in outcomes],
         }
-        self._journal.append(Entry(delta, dict(statistics), dict(held), record))
+        kept = {name: stats.to("cpu") for name, stats in statistics.items()}
+        rows = {name: keys.cpu() for name, keys in held.items()}
+        self._journal.append(Entry(delta, kept, rows, record))
         self._statistics = dict(statistics)
 
     def _check_base(self, delta: EditDelta) -> None:
