@@ -62,6 +62,7 @@ class Turn:
 def turn(
     model: nn.Module,
     weights: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
     sequences: Seq[Sequence],
     edit_of: Seq[int],
     statistics: Mapping[str, Statistics],
@@ -73,12 +74,11 @@ def turn(
 
     Args:
         model: the model that `weights` belong to; its forward pass is what is checked.
-        weights: module name → W [d_out, d_in].
+        weights: module name → W [d_out, d_in]; `start` is a copy of them.
         sequences: what must be said, as tokens; `edit_of[i]` is the edit that sequence i teaches.
         statistics: running statistics; `share[module]` names the ones that a module uses.
         shields: module name → what the anchors take from every key, see `anchors.extend_shield`.
     """
-    start = {name: weight.clone() for name, weight in weights.items()}
     delta = {name: LowRank.empty(weight) for name, weight in weights.items()}
     stats = dict(statistics)
     rounds = [0] * (max(edit_of) + 1)

@@ -66,7 +66,7 @@ def capture(
         ValueError: empty batch, prompt or target; longer than the model's positions.
     """
     _check(model, sequences)
-    with torch.inference_mode(False), _frozen(model):
+    with torch.inference_mode(False), evaluation_mode(model), _frozen(model):
         return _capture(model, sequences, modules, backward, margin)
 
 
@@ -204,21 +204,29 @@ class _Reader:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient, no dropout; flags restored at the end."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module's flag restored at the end."""
     training = [m for m in model.modules() if m.training]
     try:
-        for p in wanted:
-            p.requires_grad_(False)
         for m in training:
             m.training = False
         yield
     finally:
-        for p in wanted:
-            p.requires_grad_(True)
         for m in training:
             m.training = True
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient; flags restored at the end."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in wanted:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
 
 
 def _check(model: Any, sequences: Seq[Sequence]) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-WEIGHT_DTYPES = FEATURE_DTYPES
 
 
 def matrix(name: str, tensor: Any, *, columns: int | None = None) -> None:

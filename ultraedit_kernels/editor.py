@@ -166,6 +166,7 @@ class Editor:
             work = turn(
                 self.model,
                 self.weights,
+                start,
                 sequences,
                 edit_of,
                 self._statistics,
@@ -190,8 +191,8 @@ class Editor:
             if commit:
                 checks.finite(**{f"edited {n}": w for n, w in self.weights.items()})
                 self._commit("edit", delta, result.statistics, result.held, outcomes)
-                self._protect(result.held)
                 committed = True
+                self._protect(result.held)
         finally:
             if not committed:
                 self._set_weights(start)
@@ -222,6 +223,7 @@ class Editor:
         start = {name: weight.clone() for name, weight in self.weights.items()}
         try:
             statistics = self._replay(version)
+            self._journal.truncate(version)
         except BaseException:
             self._set_weights(start)
             raise
@@ -229,7 +231,6 @@ class Editor:
             name: stats.to(self._first_statistics[name].mean.device)
             for name, stats in statistics.items()
         }
-        self._journal.truncate(version)
         self._shields = None
 
     def _replay(self, version: int) -> dict[str, Statistics]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ultraedit_kernels.capture import evaluation_mode
+
 
 @torch.inference_mode(False)
 @torch.no_grad()
@@ -56,10 +58,9 @@ def _plain_settings(
     """
     from transformers import GenerationConfig
 
-    shipped, training = model.generation_config, model.training
+    shipped = model.generation_config
     device = model.get_input_embeddings().weight.device
     try:
-        model.eval()
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=seed is not None,
@@ -67,13 +68,13 @@ def _plain_settings(
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
         )
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with evaluation_mode(model), torch.random.fork_rng(devices=devices):
             if seed is not None:
                 torch.manual_seed(seed)
             yield
     finally:
         model.generation_config = shipped
-        model.train(training)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

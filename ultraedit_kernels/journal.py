@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ class Journal:
                         f"{self._directory} has {path.name} where {self._path(version).name} was "
                         "expected; restore the missing version, or remove all later ones"
                     )
-                self._records.append(self._read(version).record)
+                self._records.append(self._read_record(version))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -112,23 +114,31 @@ class Journal:
         os.replace(temporary, path)
         _sync(path.parent)
 
-    def _read(self, version: int) -> Entry:
+    @contextmanager
+    def _open(self, version: int) -> Iterator[tuple[Any, dict[str, str]]]:
+        """A version's file and its metadata; an error inside says that the file is damaged."""
         path = self._path(version)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            record = json.loads(metadata["record"])
-            statistics = from_tensors(tensors, json.loads(metadata["statistics_d_in"]))
+                yield file, file.metadata() or {}
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); restore it from a backup, or remove it and all "
                 "later versions"
             ) from error
+
+    def _read_record(self, version: int) -> dict[str, Any]:
+        with self._open(version) as (_, metadata):
+            return json.loads(metadata["record"])
+
+    def _read(self, version: int) -> Entry:
+        with self._open(version) as (file, metadata):
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            statistics = from_tensors(tensors, json.loads(metadata["statistics_d_in"]))
         held = {n.removeprefix("held."): t for n, t in tensors.items() if n.startswith("held.")}
         factors = {n: t for n, t in tensors.items() if not n.startswith(("statistics.", "held."))}
-        delta = EditDelta.from_tensors(factors, metadata, str(path))
-        return Entry(delta, statistics, held, record)
+        delta = EditDelta.from_tensors(factors, metadata, str(self._path(version)))
+        return Entry(delta, statistics, held, self._records[version - 1])
 
 
 def _sync(path: Path) -> None:

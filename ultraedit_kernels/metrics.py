@@ -31,13 +31,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ultraedit_kernels.capture import evaluation_mode
 from ultraedit_kernels.data import EditRequest, Prompt
 from ultraedit_kernels.encoding import Sequence, encode, encode_prompt
 from ultraedit_kernels.generation import generate
@@ -255,7 +255,7 @@ def _predict(model: Any, sequences: Seq[Sequence]) -> list[tuple[int, ...]]:
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
     first = min(len(s.prompt_ids) for s in sequences) - 1
     device = model.get_input_embeddings().weight.device
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         logits = model(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -267,16 +267,6 @@ def _predict(model: Any, sequences: Seq[Sequence]) -> list[tuple[int, ...]]:
         tuple(row[len(s.prompt_ids) - 1 - first : len(text) - first])
         for row, s, text in zip(best, sequences, texts, strict=True)
     ]
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _row(

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import nn
+
+from ultraedit_kernels.checks import FEATURE_DTYPES
 
 PAPER: dict[str, Any] = {
     "lr": 1e-6,
@@ -95,7 +96,6 @@ OUTPUT_PROJECTIONS = (
 )
 
 _NOT_TEXT = re.compile(r"vision|visual|image|audio|speech")
-_EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def default_modules(model: nn.Module, config: Any) -> list[str]:
@@ -217,7 +217,10 @@ def _check_editable(name: str, module: nn.Module) -> None:
             remedy = f"name a linear module{', such as ' + repr(inside[0]) if inside else ''}"
         raise ValueError(f"module {name!r} is a {kind}, expected an nn.Linear; {remedy}")
     weight = module.weight
-    if weight.dtype not in _EDITABLE or weight.shape != (module.out_features, module.in_features):
+    if weight.dtype not in FEATURE_DTYPES or weight.shape != (
+        module.out_features,
+        module.in_features,
+    ):
         raise ValueError(
             f"module {name!r} ({kind}) has a weight of {weight.dtype} and shape "
             f"{tuple(weight.shape)}, expected float64, float32, bfloat16 or float16 and "

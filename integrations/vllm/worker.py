@@ -188,11 +188,7 @@ class UltraEditWorker:
     def ultraedit_rollback(self, version: int) -> dict[str, Any]:
         """Take shadow and live weights back to a version, and forget the later ones."""
         editor = self._ultraedit_require_idle()
-        try:
-            editor.rollback(version)
-        except BaseException:
-            self._ultraedit_restore_shadow()
-            raise
+        editor.rollback(version)
         self._ultraedit_publish()
         return {"version": editor.version}
 
