@@ -1,4 +1,4 @@
-# make install | demo | test | bench | lint | clean          BACKEND=cpu (default) or cuda
+# make install | demo | test | bench | evaluate | aot | lint | clean          BACKEND=cpu (default) or cuda
 BACKEND ?= cpu
 PYTHON  ?= python3
 # PyPI's torch brings several GB of CUDA; the CPU build comes from PyTorch's own index.
@@ -6,7 +6,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test bench lint clean
+.PHONY: install demo test bench evaluate aot lint clean
 
 install: .venv/installed-$(BACKEND)
 
@@ -30,7 +30,15 @@ test: install
 	$(BIN)/python -m pytest
 
 bench: install
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --results bench/results
+	$(BIN)/python -m bench.rounding
+	$(BIN)/python -m bench.report
+
+# Needs cmake and a C compiler, neither a GPU nor a CUDA toolkit.
+aot: install
+	cmake -S . -B build-aot
+	cmake --build build-aot
+	ctest --test-dir build-aot --output-on-failure
 
 lint: install
 	$(BIN)/ruff check .
@@ -38,5 +46,6 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build build-aot dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build build-aot build-evaluate dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f ultraedit_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

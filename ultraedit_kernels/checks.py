@@ -75,6 +75,17 @@ def positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}, expected a finite number above 0")
 
 
+def rounding(name: Any, seed: Any) -> None:
+    """Raise unless `name` is a rounding and `seed` fits 32 bits."""
+    if name not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding is {name!r}, expected 'nearest' or 'stochastic'")
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"seed is {seed!r}, expected an integer from 0 to 2**32 - 1; "
+            "take a longer one modulo 2**32"
+        )
+
+
 def features(keys: Any, grads: Any, d_in: int, d_out: int, device: torch.device) -> None:
     """Raise unless keys [n, d_in] and grads [n, d_out] are finite and fit the statistics."""
     matrix("keys", keys, columns=d_in)

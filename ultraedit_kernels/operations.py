@@ -1,14 +1,15 @@
 """The four operations of a turn: check the tensors, then hand them to the backend at hand.
 
-Backends: `kernels/` (Triton) for tensors on a GPU, `torch_backend` for all others. The environment
-variable ULTRAEDIT_KERNELS=triton|torch forces one; a forced backend that cannot run raises.
+Backends: `kernels/` for tensors on a GPU, from the ahead-of-time library or compiled by Triton, and
+`torch_backend` for all others. The environment variable ULTRAEDIT_KERNELS=aot|triton|torch forces
+one; a forced backend that cannot run raises.
 """
 
 from __future__ import annotations
 
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from ultraedit_kernels import checks, torch_backend
 from ultraedit_kernels.statistics import Statistics
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("aot", "triton", "torch")
 
 
 def update_statistics(stats: Statistics, keys: Tensor, grads: Tensor) -> Statistics:
@@ -73,6 +74,11 @@ def solve(
     Y = (HHᵀ + λI)⁻¹ V, the dual of ΔWᵀ = (HᵀH + λI)⁻¹HᵀV. Solved in float64, in the smaller of the
     dual (n × n) and the primal (d_in × d_in) form.
 
+    Dependent keys under values that conflict have large coefficients that cancel in ΔW. Where that
+    would cost float32 coefficients their digits, the part of Y that the keys annihilate is left
+    out: ΔW is the same. Float64 coefficients are always Y itself, so that the outputs of the keys
+    move by V - λY.
+
     Args:
         keys: [n, d_in] floating point.
         values: [n, d_out] floating point: wanted output shifts.
@@ -101,23 +107,36 @@ def solve(
 
 
 @torch.no_grad()
-def rank_k_update_(weight: Tensor, coeff: Tensor, keys: Tensor) -> Tensor:
+def rank_k_update_(
+    weight: Tensor,
+    coeff: Tensor,
+    keys: Tensor,
+    *,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
+) -> Tensor:
     """W ← W + YᵀH in place: products accumulate in float32 (or wider), then one rounding.
 
     Args:
         weight: [d_out, d_in] floating point, any strides; changed in place.
         coeff: [n, d_out] floating point, n ≥ 0.
         keys: [n, d_in] floating point.
+        rounding: "nearest" (ties to even) or, for half-precision weights, "stochastic": to either
+            neighbour, with probabilities whose mean is the sum itself. Without effect on others.
+        seed: in [0, 2³²), for stochastic rounding. The same sum at the same row and column of
+            `weight` under the same seed rounds to the same number on every device.
 
     Returns:
         `weight`.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, shape or device, NaN or Inf; nothing is changed.
+        TypeError, ValueError: wrong type, dtype, shape or device, NaN or Inf, no such rounding, or
+            a seed out of range; nothing is changed.
     """
     checks.update(weight, coeff, keys)
+    checks.rounding(rounding, seed)
     if len(coeff):
-        backend(weight).rank_k_update_(weight, coeff, keys)
+        backend(weight).rank_k_update_(weight, coeff, keys, rounding=rounding, seed=seed)
     return weight
 
 
@@ -129,23 +148,29 @@ def backend(tensor: Tensor) -> ModuleType:
             f"ULTRAEDIT_KERNELS is {forced!r}, expected one of {', '.join(BACKENDS)}; "
             "or unset it to choose by device"
         )
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if forced == "triton" and not (tensor.is_cuda or interpreted):
-        raise RuntimeError(
-            f"ULTRAEDIT_KERNELS=triton but the tensors are on {tensor.device}, expected a GPU; "
-            "move them there, or set TRITON_INTERPRET=1 to run the kernels on the CPU for testing"
-        )
     if forced == "torch" or (forced is None and not tensor.is_cuda):
         return torch_backend
-    try:
-        from ultraedit_kernels import kernels
-    except ImportError as error:
-        if forced is None:
+    from ultraedit_kernels import kernels
+    from ultraedit_kernels.kernels.launch import HAS_TRITON, library
+
+    if forced == "triton":
+        if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise RuntimeError(
+                f"ULTRAEDIT_KERNELS=triton but the tensors are on {tensor.device}, expected a GPU; "
+                "move them there, or set TRITON_INTERPRET=1 to run the kernels on the CPU for "
+                "testing"
+            )
+        if not HAS_TRITON:
+            raise RuntimeError(
+                "ULTRAEDIT_KERNELS=triton but triton cannot be imported; "
+                "install it with: pip install 'ultraedit-kernels[triton]'"
+            )
+    elif forced == "aot" or not HAS_TRITON:
+        missing = library.unavailable(tensor.device)
+        if missing and forced:
+            raise RuntimeError(f"ULTRAEDIT_KERNELS=aot but {missing}")
+        if missing:
             return torch_backend
-        raise RuntimeError(
-            f"ULTRAEDIT_KERNELS=triton but triton cannot be imported ({error}); "
-            "install it with: pip install 'ultraedit-kernels[triton]'"
-        ) from error
     return kernels
 
 

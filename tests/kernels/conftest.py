@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,18 +21,37 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill the outputs that a launcher allocates with NaN: what no program writes shows."""
-    empty = torch.empty
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+        return allocate
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu) if GPU else "cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The GPU if there is one, which marks every test of a kernel `gpu`; else the CPU."""
+    return torch.device(request.param)
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if GPU else "cpu")
+def distant_rows(device: torch.device) -> Callable[[int, int], Tensor]:
+    """distant_rows(rows, columns): float16 zeros whose rows are 2³¹ elements apart."""
+
+    def make(rows: int, columns: int) -> Tensor:
+        size = (rows - 1) * 2**31 + columns
+        if device.type == "cuda":
+            storage = torch.zeros(size, dtype=torch.float16, device=device)
+        else:
+            storage = torch.from_numpy(np.zeros(size, np.float16))  # pages appear when touched
+        return storage.as_strided((rows, columns), (2**31, 1))
+
+    return make
 
 
 @pytest.fixture(

@@ -11,7 +11,7 @@ from ultraedit_kernels import operations
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("stream", STREAMS)
-def test_golden_vectors(stream, dtype, tolerance, monkeypatch):
+def test_golden_vectors(stream, dtype, tolerance, device, monkeypatch):
     monkeypatch.setenv("ULTRAEDIT_KERNELS", "triton")
-    assert operations.backend(torch.empty(0)).__name__ == "ultraedit_kernels.kernels"
-    check_golden(stream, operations, dtype, tolerance)
+    assert operations.backend(torch.empty(0, device=device)).__name__ == "ultraedit_kernels.kernels"
+    check_golden(stream, operations, dtype, tolerance, device)

@@ -74,3 +74,23 @@ def test_exact_enough_for_ridge_1_under_keys_of_norm_1000(device: torch.device) 
     rounded = (keys @ keys.T).double() + torch.eye(24, dtype=torch.float64, device=device)
     coeff = torch.linalg.solve(rounded, values.double())
     assert relative_error(coeff.T @ keys.double(), expected) > 1e-3, "float32 would do as well"
+
+
+def test_offsets_beyond_32_bits(
+    device: torch.device, distant_rows: Callable[[int, int], torch.Tensor]
+) -> None:
+    rows = distant_rows(2, 20)
+    rows[1] = 2.0
+    assert gram.gram_matrix(rows).tolist() == [[0.0, 0.0], [0.0, 80.0]]
+
+
+@pytest.mark.parametrize("n", [6, 40])
+def test_one_key_under_values_that_conflict(device: torch.device, n: int) -> None:
+    """Below and above d_in: all but one direction of Y cancels in YᵀH."""
+    key = torch.randn(1, 12, device=device)
+    keys = (1e3 * key / key.norm()).expand(n, 12)
+    values = torch.randn(n, 3, device=device)
+    # ΔWᵀ = h Σv / (n ‖h‖² + λ)
+    h = keys[0].double()
+    expected = h[:, None] * values.double().sum(0) / (n * h.square().sum() + 1)
+    assert relative_error(keys.double().T @ solve(keys, values).double(), expected) < 1e-5

@@ -78,3 +78,13 @@ def test_order_of_batches_does_not_matter(device: torch.device) -> None:
     for batch in reversed(x.split([1, 1, 33, 15])):
         parts = update_statistics(parts, batch[:, :5], batch[:, 5:])
     assert_close(parts, whole)
+
+
+def test_offsets_beyond_32_bits(
+    device: torch.device, distant_rows: Callable[[int, int], torch.Tensor]
+) -> None:
+    keys, grads = distant_rows(2, 6), distant_rows(2, 3)
+    keys[1], grads[1] = 2.0, 4.0
+    stats = update_statistics(Statistics.empty(6, 3, device), keys, grads)
+    assert stats.mean.tolist() == [1.0] * 6 + [2.0] * 3
+    assert stats.m2.tolist() == [2.0] * 6 + [8.0] * 3

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
+from ultraedit_kernels import torch_backend
 from ultraedit_kernels.kernels import rank_k_update_
 
 Make = Callable[[int, int, torch.dtype], torch.Tensor]
@@ -74,13 +75,75 @@ def test_no_rows(device: torch.device) -> None:
     assert torch.equal(weight, before)
 
 
-def test_offsets_beyond_32_bits(device: torch.device) -> None:
-    size = 2**31 + 16
-    if device.type == "cuda":
-        storage = torch.zeros(size, dtype=torch.float16, device=device)
-    else:
-        storage = torch.from_numpy(np.zeros(size, np.float16))  # pages appear when touched
-    weight = storage.as_strided((3, 16), (2**30, 1))
-    coeff = torch.tensor([[1.0, 2.0, 3.0]], device=device)
-    rank_k_update_(weight, coeff, torch.ones(1, 16, device=device))
-    assert weight.tolist() == [[1.0] * 16, [2.0] * 16, [3.0] * 16]
+def test_offsets_beyond_32_bits(
+    device: torch.device, distant_rows: Callable[[int, int], Tensor]
+) -> None:
+    weight, coeff, keys = distant_rows(2, 16), distant_rows(2, 2), distant_rows(2, 16)
+    coeff.copy_(torch.tensor([[1.0, 2.0], [10.0, 20.0]]))
+    keys.copy_(torch.tensor([[1.0], [3.0]]).expand(2, 16))
+    rank_k_update_(weight, coeff, keys)
+    assert weight.tolist() == [[31.0] * 16, [62.0] * 16]
+
+
+def awkward_numbers(dtype: torch.dtype) -> Tensor:
+    """Normal float32 numbers: of all sizes, on and between the dtype's, and at its limits."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(500, generator=generator)
+    random *= torch.exp2(torch.randint(-30, 15, (500,), generator=generator))
+    info = torch.finfo(dtype)
+    above = [info.max, info.max * (1 + info.eps / 8), info.max * (1 + info.eps / 3)]
+    below = [0, info.tiny, info.tiny * (1 - info.eps / 3), info.tiny / 3, info.tiny * info.eps / 3]
+    edges = torch.tensor([*above, *below])
+    numbers = torch.cat([random, random.to(dtype).float(), edges, -edges])
+    return numbers[(numbers == 0) | (numbers.abs() >= torch.finfo(torch.float32).tiny)]
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keys_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_stochastic_rounding_is_that_of_the_torch_backend(
+    half: torch.dtype, keys_dtype: torch.dtype, make: Make
+) -> None:
+    """Sums of numbers of few bits are exact in both, so that the results have the same bits."""
+    weight = make(150, 140, half)
+    coeff, keys = make(3, 150, torch.float32), make(3, 140, keys_dtype)
+    coeff.copy_((coeff * 4).round() / 2**12)
+    keys.copy_((keys * 4).round() / 4)
+    expected = weight.cpu().clone()
+    nearest = rank_k_update_(weight.clone(), coeff, keys).cpu()
+    before = weight.cpu().clone()
+    rank_k_update_(weight, coeff, keys, rounding="stochastic", seed=2**32 - 7)
+    torch_backend.rank_k_update_(
+        expected, coeff.cpu(), keys.cpu(), rounding="stochastic", seed=2**32 - 7
+    )
+    assert torch.equal(weight.cpu(), expected)
+    assert not torch.equal(expected, nearest) and not torch.equal(expected, before)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_of_awkward_numbers(half: torch.dtype, device: torch.device) -> None:
+    """The sum is the coefficient times a key of 1, added to a weight of 0."""
+    numbers = awkward_numbers(half)
+    bits = torch_backend.random_bits(5, 0, len(numbers), 1)
+    expected = torch_backend.round_stochastically(numbers[:, None], bits, half)
+    weight = torch.zeros(len(numbers), 1, dtype=half, device=device)
+    one = torch.ones(1, 1, dtype=torch.bfloat16, device=device)
+    rank_k_update_(weight, numbers[None].to(device), one, rounding="stochastic", seed=5)
+    assert torch.equal(weight.cpu(), expected)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_keeps_what_is_not_finite(
+    half: torch.dtype, device: torch.device
+) -> None:
+    weight = torch.tensor([[float("inf"), -float("inf"), float("nan"), 1.0]]).to(device, half)
+    one = torch.ones(1, 1, device=device)
+    rank_k_update_(weight, 0 * one, one.expand(1, 4), rounding="stochastic", seed=3)
+    assert str(weight.tolist()) == "[[inf, -inf, nan, 1.0]]"
+
+
+def test_wide_weights_are_rounded_to_nearest(device: torch.device) -> None:
+    coeff, keys = torch.randn(3, 20, device=device), torch.randn(3, 30, device=device)
+    nearest, stochastic = torch.ones(2, 20, 30, device=device)
+    rank_k_update_(nearest, coeff, keys)
+    rank_k_update_(stochastic, coeff, keys, rounding="stochastic", seed=1)
+    assert torch.equal(nearest, stochastic)

@@ -71,3 +71,13 @@ def test_mean_much_larger_than_deviation(device: torch.device) -> None:
     )
     expected = reference.edit_values(keys.double(), grads.double(), stats, 1e-6)
     assert relative_error(edit_values(keys, grads, stats, 1e-6), expected) < 1e-7
+
+
+def test_offsets_beyond_32_bits(
+    device: torch.device, distant_rows: Callable[[int, int], torch.Tensor]
+) -> None:
+    keys, grads = distant_rows(2, 6), distant_rows(2, 3)
+    keys[1], grads[1] = 2.0, 4.0
+    stats = statistics(keys, grads)
+    expected = reference.edit_values(keys.double(), grads.double(), stats, 1.0)
+    assert relative_error(edit_values(keys, grads, stats, 1.0), expected) < 1e-7

@@ -1,10 +1,10 @@
 """The four operations as Triton kernels: names and results as in `ultraedit_kernels.reference`.
 
 One file per operation, each read top to bottom: kernel (its docstring is the formula), launcher,
-public function. Importing this package imports triton; `ultraedit_kernels.operations` does so only
-for tensors on a GPU. Block sizes are fixed: a serving host must not spend seconds on autotuning in
-the middle of a turn. Names inside kernels: `b_` block of values, `p_` pointer, `o_` offset,
-`m_` mask, `i_` index.
+public function. `ultraedit_kernels.operations` imports this package only for tensors on a GPU, or
+where it is forced to. Block sizes are fixed: a serving host must not spend seconds on autotuning in
+the middle of a turn. Names inside kernels: `b_` block of values, `p_` pointer, `o_` offset, `m_`
+mask, `i_` index.
 """
 
 from ultraedit_kernels.kernels.gram import solve

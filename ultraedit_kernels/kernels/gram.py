@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ultraedit_kernels import torch_backend
+from ultraedit_kernels.kernels.launch import launch, tl, triton
 
-CONFIG = {"BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+CONFIG = {"BLOCK_N": 32, "BLOCK_D": 32, "num_warps": 4, "enable_fp_fusion": True}
 """32 × 32 tiles of float64: float64 tensor cores on sm_80 and sm_90 and (from Triton 3.8) sm_100,
-FMA elsewhere. From 64 rows on, Triton 3.6 and 3.7 choose tcgen05 for sm_100 and fail."""
+FMA elsewhere. From 64 rows on, Triton 3.6 and 3.7 choose tcgen05 for sm_100 and fail.
+
+Float64 throughout is also what GPUs with 1/64 of float32's rate for it get. At n 300 and d_in
+14336 it is 1.4 GFLOP, 1 to 3 ms where float64 runs at 0.5 to 1.4 TFLOP/s, and the Cholesky solve
+that follows costs as much. Sums in float32, even of exact products of bfloat16, are not exact
+enough, and splitting into integers would be a second kernel."""
+
+STAGES = {torch.float32: 4, torch.float64: 3}
+"""Blocks in flight; what does not spill on any GPU."""
 
 PROGRAMS = 512
 """Programs to aim for: several per SM of any GPU. A constant, so that the order of summation, and
@@ -70,7 +77,10 @@ def gram_matrix(rows: Tensor) -> Tensor:
     splits = triton.cdiv(d, blocks * block_d)
     gram = torch.empty((splits, n, n), dtype=torch.float64, device=rows.device)
     with torch.cuda.device_of(rows):
-        gram_kernel[(tiles, tiles, splits)](rows, gram, n, d, blocks, *rows.stride(), **CONFIG)
+        launch(
+            gram_kernel, (tiles, tiles, splits),
+            rows, gram, n, d, blocks, *rows.stride(), num_stages=STAGES[rows.dtype], **CONFIG,
+        )  # fmt: skip
     return gram[0] if splits == 1 else gram.sum(0)
 
 
@@ -83,7 +93,4 @@ def solve(
     if n > d_in:
         # The primal system is at most d_in wide: too small for the kernel to matter.
         return torch_backend.solve(keys, values, ridge, anchors)
-    right = torch.zeros((n, values.shape[1]), dtype=torch.float64, device=values.device)
-    right[: len(values)] = values
-    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return torch_backend.solve_gram(gram_matrix(rows), right, ridge).to(dtype)
+    return torch_backend.solve_gram(gram_matrix(rows), values, ridge)
