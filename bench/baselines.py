@@ -6,14 +6,21 @@ leave a choice the baseline gets the cheaper and the correct one: λ is added to
 place, z is built once per turn, and the merge of the statistics is exact. So a difference in error
 between the baseline and `ultraedit_kernels` is rounding alone, not one of the mistakes that a
 script may contain.
+
+Of the paper's run from model to weights, `capture` has the full backward pass; the script's hooks,
+weight gradients and files on disk between the steps are left out in its favour.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from ultraedit_kernels.encoding import Sequence
 
 EPS = 2.0**-23
 """Added to the standard deviation before dividing."""
@@ -82,3 +89,52 @@ def turn_(
     values = edit_values(normalise(z, moments), keys.shape[1], lr)
     update_(weight, solve(keys, values, ridge))
     return moments
+
+
+def capture(
+    model: Any, sequences: Seq[Sequence], modules: Seq[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Keys [n, d_in] and gradients [n, d_out] of each module at the answer positions of a batch.
+
+    Whole sequences, padded on the right, through the whole model, and back from the mean cross
+    entropy of the answer tokens to the first of the modules.
+    """
+    ids, mask, answer = pad(sequences, model.get_input_embeddings().weight.device)
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def read(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            inputs[name], outputs[name] = args[0].detach(), output
+            return output
+
+        return read
+
+    handles = [model.get_submodule(m).register_forward_hook(hook(m)) for m in modules]
+    try:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    labels = torch.tensor([t for s in sequences for t in s.target_ids], device=ids.device)
+    loss = F.cross_entropy(logits[answer].float(), labels)
+    grads = torch.autograd.grad(loss, list(outputs.values()))
+    return {
+        name: (inputs[name][answer], grad[answer])
+        for name, grad in zip(outputs, grads, strict=True)
+    }
+
+
+def pad(sequences: Seq[Sequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask of real tokens and mask of answer positions, [batch, length] each."""
+    rows = [[*s.prompt_ids, *s.target_ids[:-1]] for s in sequences]
+    ends = torch.tensor([len(row) for row in rows])
+    first = ends - torch.tensor([len(s.target_ids) for s in sequences])
+    width = int(ends.max())
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    columns = torch.arange(width)
+    real = columns < ends[:, None]
+    answer = real & (columns >= first[:, None])
+    return ids.to(device), real.long().to(device), answer.to(device)

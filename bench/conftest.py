@@ -1,78 +1,156 @@
-"""Collects bench_*.py, adds --shape, and prints ours against the published form after the table."""
+"""Collects bench_*.py; times checked code only, and writes a row for each to a CSV file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import csv
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-SHAPES = {
-    "tiny": (96, 32, 16),  # for the suite's own test
-    "small": (3584, 1024, 300),
-    "mistral-7b": (14336, 4096, 300),  # down_proj
-}
-"""Name → d_in, d_out, answer positions in the turn."""
+from bench import machine
 
-MIB = 2**20
+COLUMNS = (
+    "benchmark", "method", "shape", "n", "d_in", "d_out", "dtype",
+    "rounds", "median_ms", "p20_ms", "p80_ms",
+    "bytes", "share_of_copy_bandwidth", "flops", "share_of_matrix_rate",
+    "peak_extra_bytes", "error", "copy_gb_per_s", "matrix_gflop_per_s",
+    "hardware", "device", "cores", "threads", "python", "torch", "triton", "transformers",
+    "ultraedit_kernels", "kernels", "load_average", "time",
+)  # fmt: skip
+"""Columns of bench/results/*.csv; bench/README.md explains them."""
 
+SECONDS = {"tiny": 0.1, "cpu": 2.0, "gpu": 0.4}
+"""Timed seconds of a row, in 2 to 20 rounds."""
+MOST_ROUNDS = 20
 
-class Row(NamedTuple):
-    """One timed and checked row of the suite."""
-
-    group: str
-    method: str
-    seconds: float  # median of the timed rounds
-    least: float  # seconds of the fastest round
-    rounds: int
-    memory: int | None  # peak bytes beyond the inputs
-    error: float  # relative, against float64
-
-
-ROWS = pytest.StashKey[list[Row]]()
-CONDITIONS = pytest.StashKey[dict[str, object]]()
+Measure = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shape", default="small", choices=list(SHAPES), help="shape to measure")
+    group = parser.getgroup("ultraedit benchmarks")
+    group.addoption(
+        "--selection",
+        default="gpu" if machine.GPU else "cpu",
+        choices=["tiny", "cpu", "gpu"],
+        help="what to measure: for the suite's own test, 15 minutes on 2 cores, or everything",
+    )
+    group.addoption("--results", type=Path, help="folder for the CSV file; none is written without")
+    group.addoption("--append", action="store_true", help="add to the CSV file that is there")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
-    config.stash[ROWS] = []
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    rows = {(row.group, row.method): row for row in config.stash[ROWS]}
-    if not rows:
-        return
-    terminalreporter.section("ours against the published form")
-    for line in _table(rows):
-        terminalreporter.write_line(line)
-    conditions = config.stash[CONDITIONS]
-    terminalreporter.write_line(", ".join(f"{name} {value}" for name, value in conditions.items()))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=machine.clock))
 
 
-def _table(rows: dict[tuple[str, str], Row]) -> Iterator[str]:
-    """One line a row; beside ours, the published row's time and memory divided by ours."""
-    header = ("group", "method", "median ms", "min ms", "rounds", "extra MiB", "error")
-    yield "{:<11}{:<10}{:>10}{:>10}{:>7}{:>10}{:>9}{:>10}{:>9}".format(
-        *header, "speed-up", "memory"
-    )
-    for row in rows.values():
-        other = rows.get((row.group, "published")) if row.method == "ours" else None
-        faster = f"{other.seconds / row.seconds:.2f}×" if other else ""
-        smaller = ""
-        if other and min(other.memory or 0, row.memory or 0) >= MIB:
-            smaller = f"{(other.memory or 0) / (row.memory or 1):.2f}×"
-        yield (
-            f"{row.group:<11}{row.method:<10}{row.seconds * 1e3:>10.2f}{row.least * 1e3:>10.2f}"
-            f"{row.rounds:>7}{_mib(row.memory):>10}{row.error:>9.1e}{faster:>10}{smaller:>9}"
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> Path | None:
+    """The CSV file with its header, if one is wanted."""
+    folder = request.config.getoption("--results")
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{machine.file_stem()}.csv"
+    if not (request.config.getoption("--append") and path.exists()):
+        path.write_text(",".join(COLUMNS) + "\n")
+    return path
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, benchmark: Any, results: Path | None) -> Measure:
+    """Check a result, then time what made it: see `checked` below."""
+    wanted = SECONDS[request.config.getoption("--selection")]
+
+    def checked(
+        row: dict[str, Any],
+        run: Callable[[], Any],
+        error_of: Callable[[Any], float],
+        limit: float,
+        *,
+        prepare: Callable[[], Any] = lambda: None,
+        warm_up: bool = False,
+        traffic: tuple[int, float, float] | None = None,
+        rounds: int | None = None,
+    ) -> None:
+        """Run once for memory and error, then for time; write the row.
+
+        Args:
+            row: values of the first columns: benchmark, method, shape, sizes, dtype.
+            run: what is measured, any number of times in a row.
+            error_of: of run's first result; above `limit`, or NaN, nothing is timed or written.
+            prepare: brings back the state that the first run starts from.
+            warm_up: run once more before, so that compilation is in neither memory nor time.
+            traffic: least bytes moved, floating-point operations in matrix products, and the
+                seconds these need at the measured matrix rates.
+            rounds: timed rounds, instead of as many as fit into `SECONDS`.
+        """
+        if warm_up or machine.GPU:
+            prepare()
+            run()
+        prepare()
+        result, memory, seconds = machine.peak_extra_memory(run)
+        error = error_of(result)
+        del result
+        # Written so that a NaN fails.
+        assert error <= limit, (
+            f"{row['benchmark']} ({row['method']}) is off by {error:.1e}, expected at most "
+            f"{limit:.0e}; not timed"
         )
+        benchmark.group = f"{row['benchmark']} {row['shape']} n={row['n']}"
+        benchmark.name = row["method"]
+        if seconds < 1:  # the first run may have paid for more than itself
+            start = machine.clock()
+            run()
+            seconds = machine.clock() - start
+        if rounds is None:
+            rounds = max(2, min(MOST_ROUNDS, int(wanted / seconds)))
+        iterations = max(1, min(50, int(wanted / rounds / seconds)))
+        benchmark.pedantic(run, rounds=rounds, iterations=iterations)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        times = torch.tensor(benchmark.stats.stats.data, dtype=torch.float64)
+        low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+        full = row | {
+            "rounds": rounds,
+            "median_ms": median * 1e3,
+            "p20_ms": low * 1e3,
+            "p80_ms": high * 1e3,
+            "peak_extra_bytes": memory,
+            "error": error,
+            **machine.conditions(),
+            "load_average": round(os.getloadavg()[0], 1),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        if traffic is not None:
+            moved, flops, ideal = traffic
+            bandwidth = machine.copy_bandwidth()
+            full |= {
+                "bytes": moved,
+                "share_of_copy_bandwidth": moved / median / bandwidth,
+                "flops": flops,
+                "share_of_matrix_rate": ideal / median,
+                "copy_gb_per_s": bandwidth / 1e9,
+                "matrix_gflop_per_s": flops / ideal / 1e9 if ideal else None,
+            }
+        benchmark.extra_info |= full
+        write(results, full)
+
+    return checked
 
 
-def _mib(memory: int | None) -> str:
-    """Below 1 MiB the resident set says nothing."""
-    return "-" if memory is None else "<1" if memory < MIB else f"{memory / MIB:.1f}"
+def write(path: Path | None, row: dict[str, Any]) -> None:
+    """Add a row at once: what was measured outlives a later crash."""
+    if path is None:
+        return
+    shown = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS).writerow(shown)

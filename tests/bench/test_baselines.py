@@ -1,4 +1,4 @@
-"""The published numeric form is the same mathematics as the float64 reference."""
+"""The baselines are the same mathematics as the float64 reference, and as our capture."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import baselines
+from bench import baselines, eager
 from bench.baselines import Moments
 from ultraedit_kernels import reference
+from ultraedit_kernels.capture import capture
+from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.statistics import Statistics
 
 D_IN, D_OUT = 24, 7
@@ -71,3 +73,30 @@ def test_edit_values_of_one_known_row():
     z_hat = torch.tensor([[3.0, 4.0, 2.0, -1.0]])
     values = baselines.edit_values(z_hat, d_in=2, lr=0.1)
     assert_close(values, torch.tensor([[-5.0, 2.5]]).double(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("n", [1, 10, 40], ids=["one", "wide", "tall"])
+def test_two_eager_turns_equal_the_reference(n, dtype):
+    start = 1e-3 * torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(5)).double()
+    weight, moments = start.to(dtype, copy=True), none_yet(torch.float32)
+    expected, stats = weight.double(), Statistics.empty(D_IN, D_OUT)
+    for seed in (1, 2):
+        keys, grads = (x.to(dtype) for x in rows(n, seed))
+        moments = eager.turn_(weight, keys, grads, moments, 0.05, 0.7)
+        keys, grads = keys.double(), grads.double()
+        stats = reference.update_statistics(stats, keys, grads)
+        coeff = reference.solve(keys, reference.edit_values(keys, grads, stats, 0.05), 0.7)
+        reference.rank_k_update_(expected, coeff, keys)
+    assert_close(moments.mean, stats.mean, 1e-4)
+    assert_close(weight, expected, 1e-4 + torch.finfo(dtype).eps)
+
+
+def test_the_full_backward_pass_gives_what_our_capture_gives(model):
+    modules = ["model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+    sequences = [Sequence([5, 6, 7, 8], [9, 10]), Sequence([11, 12], [13]), Sequence([14], [15, 1])]
+    got = baselines.capture(model, sequences, modules)
+    expected = capture(model, sequences, modules)
+    for name in modules:
+        assert_close(got[name][0], expected.keys[name].double(), 1e-4)
+        assert_close(got[name][1], expected.grads[name].double(), 1e-4)
