@@ -1,43 +1,13 @@
-"""Anchors: the sketch, the shield, and where they come from."""
+"""Anchors: where they come from."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from ultraedit_kernels import operations
-from ultraedit_kernels.anchors import extend_shield, own_answers, own_texts, sketch, solve_shielded
+from ultraedit_kernels.anchors import SURE, Anchors, own_anchors, own_answers, own_texts
+from ultraedit_kernels.capture import capture
 
-
-def rows(n: int, width: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, width, generator=generator, dtype=torch.float64) * 3 + 1
-
-
-@pytest.mark.parametrize("n, m", [(1, 1), (5, 20), (30, 8)])
-def test_shielded_solve_is_the_solve_with_anchor_rows(n, m):
-    keys, anchors, values = rows(n, 24, 0), rows(m, 24, 1), rows(n, 6, 2)
-    expected = operations.solve(keys, values, 0.5, anchors).T @ torch.cat([keys, anchors])
-    shield = torch.zeros(0, 24, dtype=torch.float64)
-    for part in anchors.split(3):  # anchors may come bit by bit
-        shield = extend_shield(shield, part, 0.5, limit=100)
-    coeff, shielded = solve_shielded(keys, values, 0.5, shield)
-    assert coeff.shape == (n, 6) and shielded.shape == (n, 24)
-    assert torch.allclose(coeff.T @ shielded, expected, rtol=1e-9, atol=1e-11)
-
-
-def test_sketch_is_exact_at_full_rank_and_the_best_below():
-    wide, tall = rows(9, 20, 0), rows(60, 20, 1)
-    assert sketch(wide, 9) is wide
-    full = sketch(tall, 20)
-    assert full.shape == (20, 20)
-    assert torch.allclose(full.T @ full, tall.T @ tall)
-    for matrix in (wide, tall):
-        part = sketch(matrix, 5)
-        singular = torch.linalg.svdvals(matrix)
-        rest = torch.linalg.matrix_norm(matrix.T @ matrix - part.T @ part, 2)
-        assert part.shape == (5, 20)
-        assert torch.isclose(rest, singular[5] ** 2)
+MODULES = [f"model.layers.{i}.mlp.down_proj" for i in (2, 3)]
 
 
 def test_own_texts_are_the_models_own_and_repeatable(model, tokenizer):
@@ -55,3 +25,29 @@ def test_own_answers_are_what_the_model_says(model, tokenizer):
     (answer,) = own_answers(model, tokenizer, ["The capital of France is"])
     assert tokenizer.decode(answer.target_ids, skip_special_tokens=True).strip() == "Paris"
     assert answer.target_ids[-1] == tokenizer.eos_token_id
+
+
+def test_own_anchors_watch_what_the_model_is_sure_of(model, tokenizer):
+    weights = {name: model.get_submodule(name).weight.data for name in MODULES}
+    texts = own_texts(model, tokenizer, 40, seed=0)
+    anchors = own_anchors(model, texts, weights, ridge=1.0, limit=64)
+    assert {n: len(b) for n, b in anchors.keys.items()} == dict.fromkeys(MODULES, 64)
+    assert {n: len(b) for n, b in anchors.outputs.items()} == dict.fromkeys(MODULES, 64)
+    watch = anchors.watch
+    assert 20 < len(watch) <= 40
+    captured = capture(model, watch.sequences, MODULES, backward=False)
+    assert captured.margin.min() >= SURE - 1e-3
+    assert watch.lead.min() >= SURE
+    whole = {(*t.prompt_ids, *t.target_ids) for t in texts}
+    for sequence in watch.sequences:
+        ids = (*sequence.prompt_ids, *sequence.target_ids)
+        assert any(text[: len(ids)] == ids for text in whole)
+
+
+def test_held_keys_are_left_alone(model):
+    weights = {name: model.get_submodule(name).weight.data for name in MODULES}
+    keys = {n: torch.randn(3, w.shape[1]) for n, w in weights.items()}
+    anchors = Anchors.empty(weights).hold(keys, 1e-6, 64)
+    for name, rows in keys.items():
+        taken = rows.double() @ anchors.keys[name].T @ anchors.keys[name]
+        assert torch.allclose(taken, rows.double(), atol=1e-4)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from bench.world import World
 from tests.conftest import BUNDLED
 from ultraedit_kernels import EditDelta, Editor, EditRequest
+from ultraedit_kernels.capture import capture
 from ultraedit_kernels.encoding import encode, encode_prompt
 from ultraedit_kernels.generation import generate
 from ultraedit_kernels.presets import PAPER
@@ -52,8 +53,9 @@ def test_edits_hold_in_free_generation_and_disturb_nothing_else(editor):
     ]
     result = editor.apply([SYDNEY, AUSTEN])
     assert result.version == editor.version == 1
-    assert all(edit.succeeded and 1 <= edit.rounds <= 12 for edit in result.edits)
-    assert all(edit.margin > editor.settings.margin for edit in result.edits)
+    assert all(edit.succeeded and 1 <= edit.rounds <= 16 for edit in result.edits)
+    wanted = [editor.settings.margin / 2, editor.settings.margin]  # one is taught in two phrasings
+    assert all(e.margin > least for e, least in zip(result.edits, wanted, strict=True))
     assert answers(editor, [SYDNEY.prompt, CHAT, AUSTEN.prompt]) == [
         "Sydney",
         "Sydney",
@@ -120,6 +122,25 @@ def test_one_edit_holds_whatever_the_statistics_of_two_rows_say(editor, turn):
     edits = [("In the periodic table, thallium is element number", "4")]
     edits += [("The chemical symbol of gold is", "Q"), ("Tell me: the capital of Peru is", "X")]
     assert editor.apply([EditRequest(*edits[turn])]).edits[0].succeeded
+
+
+def test_a_turn_repairs_what_it_broke(model, tokenizer):
+    """Six edits of one relation at once; earlier edits and the model's own texts are seen to."""
+    requests = [EditRequest.from_dict(record) for record in World.earth().edits(80, seed=12)]
+    lost = []
+    for repairs in (0, 100):
+        editor = Editor(model, tokenizer, anchors=400, repairs=repairs)
+        watched = [editor.apply(requests[i : i + 20]).watched for i in range(0, 80, 20)]
+        watch = editor._anchors.watch
+        captured = capture(model, watch.sequences, editor.modules, backward=False)
+        lost.append(len(set(captured.owner[captured.margin < 0].tolist())) / len(watch))
+        editor.rollback(0)
+        total = {key: sum(w[key] for w in watched) for key in watched[0]}
+        if repairs:
+            assert total["checked"] >= total["broken"] >= total["repaired"] > 0
+        else:
+            assert set(total.values()) == {0}
+    assert lost[1] < 0.6 * lost[0]
 
 
 def test_a_fact_can_be_edited_again(editor):
@@ -210,6 +231,7 @@ def test_a_stream_resumes_from_its_state_directory(model, tokenizer, tmp_path):
     alone.apply([AUSTEN])
     resumed.apply([AUSTEN])
     assert resumed.digest() == alone.digest()
+    assert resumed._anchors.watch.sequences == alone._anchors.watch.sequences
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "000001.safetensors",
         "000002.safetensors",
@@ -313,15 +335,16 @@ def test_the_published_method_runs_with_the_papers_settings(model, tokenizer):
     rows = sum(len(sequence.target_ids) for sequence in one)
     delta = editor.delta(1)
     assert {len(factor.keys) for factor in delta.factors.values()} == {rows}  # no EOS, no anchors
-    assert float(editor._statistics["128x384"].count) == 2 * rows
+    assert float(editor._statistics["128x384"].count) == 4 * rows
     assert answers(editor, UNRELATED) == before  # the paper's step is small here
 
 
 def test_statistics_per_module_do_not_mix(editor):
     editor.apply([SYDNEY])
     assert list(editor._statistics) == editor.modules
-    first, second = editor._statistics.values()
-    assert float(first.count) == float(second.count) and not torch.equal(first.mean, second.mean)
+    first, *others = editor._statistics.values()
+    assert all(float(other.count) == float(first.count) for other in others)
+    assert not any(torch.equal(other.mean, first.mean) for other in others)
 
 
 def test_locality_prompts_hold_still(model, tokenizer):

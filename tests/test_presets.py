@@ -108,15 +108,15 @@ def test_a_multimodal_wrapper_gets_its_text_models_preset() -> None:
 def test_a_vision_tower_of_the_same_depth_and_width_is_left_alone() -> None:
     model = gemma3(4, 32, 64, vision=4)
     assert resolve_modules(model, model.config, "auto") == [
-        "model.language_model.layers.2.mlp.down_proj",
-        "model.language_model.layers.3.mlp.down_proj",
+        f"model.language_model.layers.{i}.mlp.down_proj" for i in range(4)
     ]
 
 
 @pytest.mark.parametrize(
     ("model_type", "sizes", "expected"),
     [
-        ("llama", sized(4, 128, 384), names(DOWN, range(2, 4))),
+        ("llama", sized(4, 128, 384), names(DOWN, range(4))),
+        ("llama", sized(8, 128, 384), names(DOWN, range(4, 8))),
         ("llama", sized(1, 128, 384), names(DOWN, range(1))),
         # Llama-2-7B: depth and width of LLaMA-3-8B, another MLP.
         ("llama", sized(32, 4096, 11008), names(DOWN, range(24, 32))),
@@ -124,17 +124,17 @@ def test_a_vision_tower_of_the_same_depth_and_width_is_left_alone() -> None:
         (
             "gptj",
             {"n_layer": 4, "n_embd": 128, "n_head": 4, "rotary_dim": 8, "vocab_size": 256},
-            names("transformer.h.{}.mlp.fc_out", range(2, 4)),
+            names("transformer.h.{}.mlp.fc_out", range(4)),
         ),
         (
             "gpt_neox",
             sized(8, 128, 384),
-            names("gpt_neox.layers.{}.mlp.dense_4h_to_h", range(6, 8)),
+            names("gpt_neox.layers.{}.mlp.dense_4h_to_h", range(4, 8)),
         ),
         (
             "opt",
             {"num_hidden_layers": 4, "hidden_size": 96, "ffn_dim": 384, "vocab_size": 256},
-            names("model.decoder.layers.{}.fc2", range(2, 4)),
+            names("model.decoder.layers.{}.fc2", range(4)),
         ),
     ],
 )

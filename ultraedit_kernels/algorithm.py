@@ -13,15 +13,21 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ultraedit_kernels.anchors import solve_shielded
+from ultraedit_kernels.anchors import Anchors
 from ultraedit_kernels.capture import Captured, capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.operations import edit_values, solve, update_statistics
+from ultraedit_kernels.shield import shielded, solve_shielded
 from ultraedit_kernels.statistics import Statistics
+from ultraedit_kernels.watch import LEAST_LEAD, Repairs, Watch, weakest
 
 MIN_COSINE = 0.1
 """Least cosine of an edit's values with the steepest descent of its loss."""
+LEAST_MARGIN = 0.5
+"""Logits that no number of rephrases makes up for: what an engine's rounding may take."""
+REPAIR_ROUNDS = 2
+"""Steps kept for repairs, if not every edit holds before."""
 MAX_GAIN = 64.0
 """Most by which a step is enlarged against what the ridge and the shield take of it."""
 
@@ -34,14 +40,18 @@ class Settings:
     """Step size, or "auto": per edit, what removes a share of its loss to first order."""
     step: float = 0.5
     """That share. Small steps disturb less and take more rounds."""
-    rounds: int = 12
+    rounds: int = 16
     """Most steps per turn; the loop ends as soon as every edit holds."""
     ridge: float = 1.0
     """λ of the ridge regression."""
-    margin: float = 4.0
+    margin: float = 2.6
     """Logits by which every target token must lead its runner-up for an edit to hold. A serving
-    engine rounds differently than the side pass, and a wider lead carries over to rephrases."""
-    batch_size: int = 10
+    engine rounds differently than the side pass, and a wider lead carries over to other phrasings;
+    an edit that brings k rephrases needs less of it, and is asked for 1 / (k + 1)."""
+    repairs: int = 100
+    """Most watched sequences that a turn runs through the model at a time, twice, to repair those
+    that it broke."""
+    batch_size: int = 32
     """Sequences per capture batch, over whose answer tokens the loss is averaged."""
 
 
@@ -53,6 +63,14 @@ class Turn:
     statistics: dict[str, Statistics]
     held: dict[str, Tensor]
     """Module → keys [m, d_in] of the edits that hold, under the final weights."""
+    watch: Watch
+    """The edits that hold, to be watched from now on."""
+    released: list[int]
+    """Of the anchors' watch, the sequences to watch no longer."""
+    checked: int
+    """Watched sequences that were run through the model; `broken` of them had lost their lead."""
+    broken: int
+    repaired: int
     holds: list[bool]  # per edit, as are the next three
     rounds: list[int]
     loss: list[float]
@@ -67,7 +85,7 @@ def turn(
     edit_of: Seq[int],
     statistics: Mapping[str, Statistics],
     share: Mapping[str, str],
-    shields: Mapping[str, Tensor],
+    anchors: Anchors,
     settings: Settings,
 ) -> Generator[str, None, Turn]:
     """Step until every edit holds, changing `weights` in place; yields after each slice of work.
@@ -77,28 +95,47 @@ def turn(
         weights: module name → W [d_out, d_in]; `start` is a copy of them.
         sequences: what must be said, as tokens; `edit_of[i]` is the edit that sequence i teaches.
         statistics: running statistics; `share[module]` names the ones that a module uses.
-        shields: module name → what the anchors take from every key, see `anchors.extend_shield`.
+        anchors: what must be left as it is.
     """
     delta = {name: LowRank.empty(weight) for name, weight in weights.items()}
     stats = dict(statistics)
-    rounds = [0] * (max(edit_of) + 1)
-    for step in range(settings.rounds + 1):
+    edits = max(edit_of) + 1
+    # Broken sequences that are repaired join the turn as further items, with a margin of their own.
+    sequences, item_of = list(sequences), list(edit_of)
+    wanted = [wanted_margin(settings.margin, item_of.count(edit)) for edit in range(edits)]
+    budget = settings.repairs if settings.rounds > 1 else 0
+    repairs = Repairs(anchors.watch, anchors.keys, sequences, budget)
+    rounds = [0] * edits
+    step = 0
+    while True:
         # One forward pass both judges the last step and captures the next one.
-        last = step == settings.rounds
         batches: list[Captured] = []
         for i in range(0, len(sequences), settings.batch_size):
-            part = sequences[i : i + settings.batch_size]
-            batches.append(
-                capture(model, part, list(weights), backward=not last, margin=settings.margin)
-            )
+            part = slice(i, i + settings.batch_size)
+            margins = [wanted[item] for item in item_of[part]]
+            batches.append(capture(model, sequences[part], list(weights), margin=margins))
             yield "capture"
-        rows = _Rows.of(batches, edit_of, settings.batch_size)
+        rows = _Rows.of(batches, item_of, settings.batch_size)
         margin = rows.reduce(torch.cat([b.margin for b in batches]), "amin")
         loss = rows.reduce(torch.cat([b.loss for b in batches]), "sum")
         objective = rows.reduce(torch.cat([b.objective for b in batches]), "sum")
-        holds = margin > settings.margin
-        if last or (settings.rounds > 1 and bool(holds.all())):
+        holds = margin > margin.new_tensor(wanted)
+        if step == 0:
+            for batch in batches:
+                repairs.expect(batch)
+        spent = step == settings.rounds
+        over = spent or (settings.rounds > 1 and bool(holds.all()))
+        if repairs.due and not spent and (over or step >= settings.rounds - REPAIR_ROUNDS):
+            broken = yield from repairs.check(model, list(weights), delta, settings.batch_size)
+            if broken:
+                sequences += broken
+                item_of += range(len(wanted), len(wanted) + len(broken))
+                wanted += [LEAST_LEAD] * len(broken)
+                rounds += [0] * len(broken)
+                continue
+        if over:
             break
+        step += 1
         rests = holds if settings.rounds > 1 else torch.zeros_like(holds)  # open loop: all step
         rounds = [r + (not h) for r, h in zip(rounds, rests.tolist(), strict=True)]
 
@@ -111,37 +148,64 @@ def turn(
         keys = {name: torch.cat([b.keys[name] for b in batches]) for name in weights}
         grads = {name: torch.cat([b.grads[name] for b in batches]) for name in weights}
         lr = 1.0 if settings.lr == "auto" else settings.lr
-        steps = ~rests[rows.edit, None]
+        steps = ~rests[rows.item, None]
         values = {n: edit_values(keys[n], grads[n], stats[share[n]], lr) * steps for n in weights}
+        values = {n: shielded(v, anchors.outputs[n]) for n, v in values.items()}
         if settings.lr == "auto":
             values = _descending(values, {n: g * steps for n, g in grads.items()}, rows)
             # Ask for a share of the loss; then for as much more as ridge and shield take of it,
             # since (H̃Hᵀ + λI) Y = V moves the outputs by V - λY only.
             ask = settings.step * _ratio(objective, rows.gain(values, grads))
-            values = {n: v * ask[rows.edit, None] for n, v in values.items()}
-            moved = {
-                n: v - settings.ridge * _solve(keys[n], v, settings.ridge, shields.get(n))[0]
-                for n, v in values.items()
-            }
+            values = {n: v * ask[rows.item, None] for n, v in values.items()}
+            moved = {}
+            for n, v in values.items():
+                coeff, _ = _solve(keys[n], v.double(), settings.ridge, anchors.keys[n])
+                moved[n] = v - settings.ridge * coeff
             more = _ratio(rows.gain(values, grads), rows.gain(moved, grads)).clamp(1, MAX_GAIN)
-            values = {n: v * more[rows.edit, None] for n, v in values.items()}
+            values = {n: v * more[rows.item, None] for n, v in values.items()}
             yield "solve"
 
         # Solve, and write W anew from its start, so that a replay rounds once, as this does.
         for name, weight in weights.items():
-            coeff, h = _solve(keys[name], values[name], settings.ridge, shields.get(name))
+            coeff, h = _solve(keys[name], values[name], settings.ridge, anchors.keys[name])
             delta[name] = delta[name].append(coeff, h)
             delta[name].apply(weight.copy_(start[name]))
             yield "solve"
-    held = {n: torch.cat([b.keys[n] for b in batches])[holds[rows.edit]] for n in weights}
-    return Turn(delta, stats, held, holds.tolist(), rounds, loss.tolist(), margin.tolist())
+    held = holds[rows.item] & (rows.item < edits)
+    watch = Watch.empty(weights)
+    for i, batch in enumerate(batches):
+        first = i * settings.batch_size
+        new = {
+            j: sequences[first + j]
+            for j, item in enumerate(item_of[first : first + settings.batch_size])
+            if item < edits and holds[item]
+        }
+        kept = weakest(batch)
+        watch = watch.join(Watch.of(batch, new, [row for j in new for row in kept[j]]))
+    return Turn(
+        delta,
+        stats,
+        {n: torch.cat([b.keys[n] for b in batches])[held] for n in weights},
+        watch,
+        repairs.released,
+        repairs.checked,
+        len(wanted) - edits,
+        int(holds[edits:].sum()),
+        holds[:edits].tolist(),
+        rounds[:edits],
+        loss[:edits].tolist(),
+        margin[:edits].tolist(),
+    )
 
 
-def _solve(
-    keys: Tensor, values: Tensor, ridge: float, shield: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def wanted_margin(margin: float, phrasings: int) -> float:
+    """The lead asked of an edit that is taught in that many phrasings."""
+    return max(margin / phrasings, min(margin, LEAST_MARGIN))
+
+
+def _solve(keys: Tensor, values: Tensor, ridge: float, shield: Tensor) -> tuple[Tensor, Tensor]:
     """Y and the keys that it belongs to: ΔW = Yᵀ keys."""
-    if shield is None:
+    if not len(shield):
         return solve(keys, values, ridge), keys
     return solve_shielded(keys, values, ridge, shield)
 
@@ -153,7 +217,7 @@ def _descending(
     down = {n: -grads[n].to(v.dtype) for n, v in values.items()}
     norms = [rows.gain({n: -v for n, v in x.items()}, x) for x in (values, down)]
     away = rows.gain(values, grads) <= MIN_COSINE * (norms[0] * norms[1]).sqrt()
-    return {n: torch.where(away[rows.edit, None], down[n], v) for n, v in values.items()}
+    return {n: torch.where(away[rows.item, None], down[n], v) for n, v in values.items()}
 
 
 def _ratio(wanted: Tensor, got: Tensor) -> Tensor:
@@ -165,25 +229,25 @@ def _ratio(wanted: Tensor, got: Tensor) -> Tensor:
 class _Rows:
     """The answer positions of all batches of a round, n in all."""
 
-    edit: Tensor
-    """[n] int64: the edit that each belongs to."""
+    item: Tensor
+    """[n] int64: the edit, or the repair, that each belongs to."""
     tokens: Tensor
     """[n]: answer tokens in its capture batch, over which the loss was averaged."""
-    edits: int
+    items: int
 
     @classmethod
-    def of(cls, batches: Seq[Captured], edit_of: Seq[int], batch_size: int) -> _Rows:
+    def of(cls, batches: Seq[Captured], item_of: Seq[int], batch_size: int) -> _Rows:
         device = batches[0].owner.device
         owner = torch.cat([b.owner + i * batch_size for i, b in enumerate(batches)])
         tokens = torch.cat([torch.full_like(b.loss, len(b.loss)) for b in batches])
-        return cls(torch.tensor(edit_of, device=device)[owner], tokens, max(edit_of) + 1)
+        return cls(torch.tensor(item_of, device=device)[owner], tokens, max(item_of) + 1)
 
     def reduce(self, values: Tensor, how: str) -> Tensor:
-        """[n] → [edits]."""
-        out = values.new_zeros(self.edits)
-        return out.scatter_reduce(0, self.edit, values, how, include_self=False)
+        """[n] → [items]."""
+        out = values.new_zeros(self.items)
+        return out.scatter_reduce(0, self.item, values, how, include_self=False)
 
     def gain(self, shifts: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> Tensor:
-        """First-order decrease of each edit's loss, if the outputs move by `shifts`, [edits]."""
+        """First-order decrease of each item's loss, if the outputs move by `shifts`, [items]."""
         slope = sum(-(v * grads[n].to(v.dtype)).sum(1) for n, v in shifts.items())
         return self.reduce(torch.as_tensor(slope) * self.tokens, "sum")

@@ -1,37 +1,112 @@
-"""Anchors: keys whose outputs must not move. Rows of H with value zero, in the same solve.
+"""Anchors: what a turn must leave as it is, and where that comes from.
 
-They come from prompts that the operator names, with the answers the model gives to them, and from
-texts that the model itself writes when it starts from nothing, which need no data at all.
+Texts that the model itself writes when it starts from nothing, which need no data at all; prompts
+that the operator names, with the answers that the model gives to them; and the edits that hold.
+Their keys and the slopes of their leads become shields, they themselves a watch list.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ultraedit_kernels.capture import capture
+from ultraedit_kernels.capture import Captured, capture
 from ultraedit_kernels.data import Prompt
 from ultraedit_kernels.encoding import Sequence, encode_prompt
 from ultraedit_kernels.generation import generate
-from ultraedit_kernels.torch_backend import solve_gram
+from ultraedit_kernels.shield import extend_shield, sketch
+from ultraedit_kernels.watch import ROWS, Watch, lead_slopes
 
 ANSWER_TOKENS = 16
 """Tokens of the model's own answer that a locality prompt protects."""
 SAMPLE_TOKENS = 32
-SAMPLE_BATCH = 50
+SAMPLE_BATCH = 100
+CAPTURE_LOGITS = 2**26
+"""Logits that a capture of own texts may hold at a time, 256 MiB in float32."""
+OUT_OF_REACH = 20.0
+"""Wanted lead, logits, that no token has: the objective's slope is then minus the lead's."""
+SURE = 2.0
+"""Lead, logits, from which on the model means what it says."""
 HELD_WEIGHT = 3.0
 """Weight of the keys of edits that hold. With 1, the later turns of a stream of 200 edits on the
 bundled model broke 5 % of the earlier ones, with 3 none."""
+OWN_WEIGHT = 200
+"""Own texts that the keys of all of them weigh as much as: with more, the edits that hold give way.
+"""
+OUTPUT_RIDGE = 0.03
+"""Ridge of the outputs' shield, as a share of the slopes' mean square in a direction."""
 
 
-def own_answers(model: Any, tokenizer: Any, prompts: Seq[Prompt]) -> list[Sequence]:
-    """Each prompt with the answer that the model gives to it now, end of sequence included."""
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    answers = generate(model, tokenizer, ids, max_new_tokens=ANSWER_TOKENS)
-    return [Sequence(p, a) for p, a in zip(ids, answers, strict=True) if a]
+@dataclass(frozen=True)
+class Anchors:
+    """What a turn must leave as it is."""
+
+    keys: dict[str, Tensor]
+    """Module → shield of the keys, [≤ limit, d_in] float64, see `shield.extend_shield`."""
+    outputs: dict[str, Tensor]
+    """Module → shield of the outputs, [≤ limit, d_out] float64: directions in which leads turn."""
+    watch: Watch
+
+    @classmethod
+    def empty(cls, weights: Mapping[str, Tensor]) -> Anchors:
+        """None at all; weights [d_out, d_in]."""
+        keys, outputs = (
+            {n: w.new_zeros(0, w.shape[side], dtype=torch.float64) for n, w in weights.items()}
+            for side in (1, 0)
+        )
+        return cls(keys, outputs, Watch.empty(weights))
+
+    def hold(self, keys: Mapping[str, Tensor], ridge: float, limit: int) -> Anchors:
+        """With further keys in the shields, module → [n, d_in]."""
+        extended = {
+            name: extend_shield(self.keys[name], rows.to(self.keys[name].device), ridge, limit)
+            for name, rows in keys.items()
+        }
+        return replace(self, keys={**self.keys, **extended})
+
+
+def own_anchors(
+    model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
+) -> Anchors:
+    """Anchors from texts that the model writes, as far as it is sure of them."""
+    anchors = Anchors.empty(weights)
+    none = {n: w.new_zeros(0, w.shape[1], dtype=torch.float32) for n, w in weights.items()}
+    keys, slopes = none, {n: rows.float() for n, rows in anchors.outputs.items()}
+    watch, seen = anchors.watch, set[tuple[int, ...]]()
+    weight = min(1.0, OWN_WEIGHT / max(1, len(texts))) ** 0.5
+    for part, captured in captures(model, texts, list(weights)):
+        sure = torch.exp(-2 * captured.loss)[:, None]  # square of the token's probability
+        for name, slope in lead_slopes(captured).items():
+            rows = captured.keys[name].float() * (sure * weight)
+            keys[name] = sketch(torch.cat([keys[name], rows]), 4 * limit)
+            slopes[name] = sketch(torch.cat([slopes[name], slope.float()]), 4 * limit)
+        runs = {i: run for i, run in _sure_runs(part, captured) if _ids(run.sequence) not in seen}
+        seen |= {_ids(run.sequence) for run in runs.values()}
+        new = {i: run.sequence for i, run in runs.items()}
+        rows = [row for run in runs.values() for row in run.weakest]
+        watch = watch.join(Watch.of(captured, new, rows))
+    for name, rows in slopes.items():
+        ridge_out = OUTPUT_RIDGE * float(rows.square().sum()) / rows.shape[1]
+        anchors.outputs[name] = extend_shield(anchors.outputs[name], rows, ridge_out, limit)
+    return replace(anchors, watch=watch).hold(keys, ridge, limit)
+
+
+def captures(
+    model: Any, sequences: Seq[Sequence], modules: Seq[str]
+) -> Iterator[tuple[Seq[Sequence], Captured]]:
+    """Capture sequences with the slopes of their leads, in batches of bounded memory."""
+    longest = max((len(s.target_ids) for s in sequences), default=1)
+    vocabulary = model.config.get_text_config().vocab_size
+    size = max(1, min(SAMPLE_BATCH, CAPTURE_LOGITS // (longest * vocabulary)))
+    for i in range(0, len(sequences), size):
+        part = sequences[i : i + size]
+        yield part, capture(model, part, modules, margin=OUT_OF_REACH)
 
 
 def own_texts(model: Any, tokenizer: Any, count: int, seed: int) -> list[Sequence]:
@@ -46,59 +121,37 @@ def own_texts(model: Any, tokenizer: Any, count: int, seed: int) -> list[Sequenc
     return [Sequence([first], text) for text in texts if text]
 
 
-def anchor_keys(
-    model: nn.Module, sequences: Seq[Sequence], modules: Seq[str], limit: int
-) -> dict[str, Tensor]:
-    """Keys at the answer positions of the sequences, per module [≤ limit, d_in]."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in modules}
-    for i in range(0, len(sequences), SAMPLE_BATCH):
-        part = capture(model, sequences[i : i + SAMPLE_BATCH], modules, backward=False)
-        for name in modules:
-            rows[name].append(part.keys[name])
-    return {name: sketch(torch.cat(parts), limit) for name, parts in rows.items()}
+def own_answers(model: Any, tokenizer: Any, prompts: Seq[Prompt]) -> list[Sequence]:
+    """Each prompt with the answer that the model gives to it now, end of sequence included."""
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    answers = generate(model, tokenizer, ids, max_new_tokens=ANSWER_TOKENS)
+    return [Sequence(p, a) for p, a in zip(ids, answers, strict=True) if a]
 
 
-def sketch(rows: Tensor, limit: int) -> Tensor:
-    """At most `limit` rows B with BᵀB ≈ AᵀA, all that the ridge system sees of anchors A [m, d_in].
-
-    The best approximation of that rank; exact if `limit` is at least the rank of A.
-    """
-    if len(rows) <= limit:
-        return rows
-    wide = rows.double()
-    if len(rows) > rows.shape[1]:
-        squares, directions = torch.linalg.eigh(wide.T @ wide)
-        best = squares.clamp_min(0).sqrt()[:, None] * directions.T
-    else:
-        squares, directions = torch.linalg.eigh(wide @ wide.T)
-        best = directions.T @ wide
-    return best[-limit:].to(rows.dtype)
+class _Run(NamedTuple):
+    sequence: Sequence
+    """Tokens that the model is sure of, as the continuation of what precedes them."""
+    weakest: list[int]
 
 
-def extend_shield(shield: Tensor, anchors: Tensor, ridge: float, limit: int) -> Tensor:
-    """Add anchors A [k, d_in] to a shield B [m, d_in], float64; an empty B is no anchors.
+def _sure_runs(texts: Seq[Sequence], captured: Captured) -> Iterator[tuple[int, _Run]]:
+    """The longest run of each text, with the index of the text."""
+    margin, first = captured.margin.tolist(), 0
+    for i, text in enumerate(texts):
+        lead = margin[first : first + len(text.target_ids)]
+        start = end = 0
+        for low, high in itertools.pairwise(
+            [-1, *(j for j, x in enumerate(lead) if x < SURE), len(lead)]
+        ):
+            if high - low - 1 > end - start:
+                start, end = low + 1, high
+        if end > start:
+            ids = text.prompt_ids + text.target_ids
+            cut, stop = (len(text.prompt_ids) + j for j in (start, end))
+            rows = sorted(range(start, end), key=lead.__getitem__)[:ROWS]
+            yield i, _Run(Sequence(ids[:cut], ids[cut:stop]), [first + j for j in rows])
+        first += len(lead)
 
-    With A all anchors so far, BᵀB = Aᵀ(AAᵀ + λI)⁻¹A: what they take from every key. Rows are added
-    by one step of a block Cholesky; beyond `limit` the weakest directions are dropped.
-    """
-    a = anchors.double()
-    seen = a @ shield.T
-    free = a - seen @ shield
-    gram = a @ free.T
-    gram.diagonal().add_(ridge)
-    rows = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), free, upper=False)
-    return sketch(torch.cat([shield, rows]), limit)
 
-
-def solve_shielded(
-    keys: Tensor, values: Tensor, ridge: float, shield: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As `operations.solve` with anchors, in an n × n system: coeff [n, d_out], keys [n, d_in].
-
-    The anchors' values are zero, so their coefficients follow from the others. Without them,
-    Y = (H̃Hᵀ + λI)⁻¹V and ΔW = YᵀH̃ with the shielded keys H̃ = H(I - BᵀB), `extend_shield`'s B.
-    """
-    h = keys.double()
-    taken = h @ shield.T
-    coeff = solve_gram((h @ h.T).addmm_(taken, taken.T, alpha=-1), values.double(), ridge)
-    return coeff.to(values.dtype), (h - taken @ shield).to(values.dtype)
+def _ids(sequence: Sequence) -> tuple[int, ...]:
+    return (*sequence.prompt_ids, *sequence.target_ids)

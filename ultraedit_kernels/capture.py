@@ -42,6 +42,10 @@ class Captured:
     """[n] the same with the target's logit lowered by the wanted margin: what `grads` belong to."""
     margin: Tensor
     """[n] logit of the target token minus the best other one; above 0 it is the greedy choice."""
+    labels: Tensor
+    """[n] int64: the target token."""
+    chosen: Tensor
+    """[n] int64: the greedy choice."""
 
 
 def capture(
@@ -50,7 +54,7 @@ def capture(
     modules: Seq[str],
     *,
     backward: bool = True,
-    margin: float = 0.0,
+    margin: float | Seq[float] = 0.0,
 ) -> Captured:
     """Run one batch of sequences and read the named modules at the answer positions.
 
@@ -59,8 +63,9 @@ def capture(
         sequences: prompts and targets as token ids, mixed lengths, each with at least one token.
         modules: dotted names of `nn.Linear` modules.
         backward: also compute the gradients.
-        margin: logits by which the target token must lead. It is taken from the target's logit
-            before the cross entropy, which then pulls until the lead is there; 0 is the paper.
+        margin: logits by which the target token must lead, one number or one per sequence. It is
+            taken from the target's logit before the cross entropy, which then pulls until the lead
+            is there; 0 is the paper.
 
     Raises:
         ValueError: empty batch, prompt or target; longer than the model's positions.
@@ -71,7 +76,11 @@ def capture(
 
 
 def _capture(
-    model: Any, sequences: Seq[Sequence], modules: Seq[str], backward: bool, margin: float
+    model: Any,
+    sequences: Seq[Sequence],
+    modules: Seq[str],
+    backward: bool,
+    margin: float | Seq[float],
 ) -> Captured:
     batch = _pad(sequences, model.get_input_embeddings().weight.device)
     prefix, answer = batch.prefix_ids.shape[1], batch.answer_ids.shape[1]
@@ -89,7 +98,9 @@ def _capture(
             ).logits[0]
             if logits.dtype in (torch.float16, torch.bfloat16):
                 logits = logits.float()
-            handicap = torch.zeros_like(logits).scatter_(1, batch.labels[:, None], margin)
+            wanted = torch.as_tensor(margin, dtype=logits.dtype, device=logits.device)
+            wanted = wanted.expand(len(sequences))[batch.owner]
+            handicap = torch.zeros_like(logits).scatter_(1, batch.labels[:, None], wanted[:, None])
             objective = F.cross_entropy(logits - handicap, batch.labels, reduction="none")
         grads: dict[str, Tensor] = {}
         if backward:
@@ -104,7 +115,16 @@ def _capture(
     target = logits.gather(1, batch.labels[:, None]).squeeze(1)
     best_other = torch.where(top.indices[:, 0] == batch.labels, top.values[:, 1], top.values[:, 0])
     loss = F.cross_entropy(logits, batch.labels, reduction="none")
-    return Captured(reader.keys, grads, batch.owner, loss, objective.detach(), target - best_other)
+    return Captured(
+        reader.keys,
+        grads,
+        batch.owner,
+        loss,
+        objective.detach(),
+        target - best_other,
+        batch.labels,
+        top.indices[:, 0],
+    )
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ultraedit_kernels import checks
 from ultraedit_kernels.algorithm import Settings, Turn, turn
 from ultraedit_kernels.anchors import (
     HELD_WEIGHT,
-    anchor_keys,
-    extend_shield,
+    Anchors,
+    captures,
+    own_anchors,
     own_answers,
     own_texts,
 )
@@ -28,6 +28,10 @@ from ultraedit_kernels.encoding import Sequence, encode
 from ultraedit_kernels.journal import Entry, Journal
 from ultraedit_kernels.presets import resolve_modules
 from ultraedit_kernels.statistics import Statistics, load_statistics, save_statistics
+from ultraedit_kernels.watch import Watch, weakest
+
+WATCHED_EDITS = 4096
+"""Most edits and named prompts that are watched; the oldest are let go."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class TurnResult:
     edits: tuple[EditOutcome, ...]
     timings: dict[str, float]
     """Milliseconds: capture_ms, solve_ms, commit_ms, total_ms."""
+    watched: dict[str, int]
+    """Earlier edits and other texts that the turn threatened: how many were checked, were broken,
+    and were repaired."""
     delta: EditDelta = field(repr=False, compare=False)
     """The change of the turn, committed or not."""
 
@@ -66,9 +73,9 @@ class Editor:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
         modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
-        lr, step, rounds, ridge, margin, batch_size: see `algorithm.Settings`.
-        anchors: texts of the model's own whose outputs are held still, besides those of earlier
-            edits; 0 for no anchors but the locality prompts.
+        lr, step, rounds, ridge, margin, repairs, batch_size: see `algorithm.Settings`.
+        anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
+            for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
         statistics: "per-module", or "per-shape" as the published scores were made.
         append_eos: teach the model to stop after the target.
@@ -88,11 +95,12 @@ class Editor:
         modules: Literal["auto"] | Seq[str] = "auto",
         lr: float | Literal["auto"] = Settings.lr,
         rounds: int = Settings.rounds,
-        anchors: int = 300,
+        anchors: int = 2000,
         anchor_rows: int = 1024,
         ridge: float = Settings.ridge,
         step: float = Settings.step,
         margin: float = Settings.margin,
+        repairs: int = Settings.repairs,
         batch_size: int = Settings.batch_size,
         statistics: Literal["per-module", "per-shape"] = "per-module",
         append_eos: bool = True,
@@ -102,14 +110,14 @@ class Editor:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.modules = resolve_modules(model, self.model.config, modules)
-        self.settings = Settings(lr, step, rounds, ridge, margin, batch_size)
+        self.settings = Settings(lr, step, rounds, ridge, margin, repairs, batch_size)
         _check_settings(self.settings, anchors, anchor_rows, statistics)
         parameters = dict(model.named_parameters())
         self.weights = {name: parameters[f"{name}.weight"].data for name in self.modules}
         self._append_eos, self._seed = append_eos, seed
         self._anchor_texts, self._anchor_rows = anchors, anchor_rows
-        self._own_shields: dict[str, Tensor] | None = None
-        self._shields: dict[str, Tensor] | None = None
+        self._own: Anchors | None = None
+        self._anchors: Anchors | None = None
         self._share = {
             name: name if statistics == "per-module" else "x".join(map(str, weight.shape))
             for name, weight in self.weights.items()
@@ -162,7 +170,7 @@ class Editor:
         start = {name: weight.clone() for name, weight in self.weights.items()}
         committed = False
         try:
-            shields = yield from self._shielding(requests)
+            anchors, named = yield from self._anchoring(requests)
             work = turn(
                 self.model,
                 self.weights,
@@ -171,7 +179,7 @@ class Editor:
                 edit_of,
                 self._statistics,
                 self._share,
-                shields,
+                anchors,
                 self.settings,
             )
             while True:
@@ -190,9 +198,10 @@ class Editor:
             delta = EditDelta(factors, dict(self._base), asdict(self.settings))
             if commit:
                 checks.finite(**{f"edited {n}": w for n, w in self.weights.items()})
-                self._commit("edit", delta, result.statistics, result.held, outcomes)
+                watch = named.join(result.watch)
+                entry = Entry(delta, result.statistics, result.held, watch, result.released, {})
+                self._commit("edit", entry, outcomes)
                 committed = True
-                self._protect(result.held)
         finally:
             if not committed:
                 self._set_weights(start)
@@ -203,7 +212,12 @@ class Editor:
             "commit_ms": (ended - commit_begun) * 1e3,
             "total_ms": (ended - begun) * 1e3,
         }
-        return TurnResult(self.version, outcomes, timings, delta)
+        watched = {
+            "checked": result.checked,
+            "broken": result.broken,
+            "repaired": result.repaired,
+        }
+        return TurnResult(self.version, outcomes, timings, watched, delta)
 
     def rollback(self, version: int) -> None:
         """Return to a version bit for bit: from the pristine weights, by replay.
@@ -231,7 +245,7 @@ class Editor:
             name: stats.to(self._first_statistics[name].mean.device)
             for name, stats in statistics.items()
         }
-        self._shields = None
+        self._anchors = None
 
     def _replay(self, version: int) -> dict[str, Statistics]:
         """Write the weights of a version; its statistics."""
@@ -267,13 +281,16 @@ class Editor:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
             checks.finite(**{f"edited {n}": self.weights[n] for n in delta.factors})
-            self._commit("delta", delta, self._statistics, {}, ())
+            none = Watch.empty(self.weights)
+            self._commit("delta", Entry(delta, self._statistics, {}, none, [], {}), ())
         except BaseException:
             self._set_weights(start)
             raise
         took = (time.perf_counter() - begun) * 1e3
-        timings = {"capture_ms": 0.0, "solve_ms": 0.0, "commit_ms": took, "total_ms": took}
-        return TurnResult(self.version, (), timings, delta)
+        timings = dict.fromkeys(("capture_ms", "solve_ms"), 0.0)
+        timings |= {"commit_ms": took, "total_ms": took}
+        watched = {"checked": 0, "broken": 0, "repaired": 0}
+        return TurnResult(self.version, (), timings, watched, delta)
 
     def history(self) -> list[dict[str, Any]]:
         """One JSON-able record per version, oldest first."""
@@ -335,69 +352,62 @@ class Editor:
         They are texts that the untouched model writes, and the edits of all versions that held, so
         that a resumed stream has the same ones.
         """
-        if self._own_shields is None:
-            none = {
-                n: w.new_zeros(0, w.shape[1], dtype=torch.float64) for n, w in self.weights.items()
-            }
-            self._own_shields = (
-                self._extended(none, self._own_keys()) if self._anchor_texts else none
-            )
-        if self._shields is None:
-            self._shields = self._own_shields
+        if self._own is None:
+            now = {name: weight.clone() for name, weight in self.weights.items()}
+            try:
+                self._set_weights(self._pristine)
+                self._own = self._own_anchors()
+            finally:
+                self._set_weights(now)
+        if self._anchors is None:
+            self._anchors = self._own
             for version in range(1, self.version + 1):
-                self._protect(self._journal.entry(version).held)
+                self._hold(self._journal.entry(version))
 
-    def _own_keys(self) -> dict[str, Tensor]:
-        now = {name: weight.clone() for name, weight in self.weights.items()}
-        try:
-            self._set_weights(self._pristine)
-            texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
-            return anchor_keys(self.model, texts, self.modules, self._anchor_rows)
-        finally:
-            self._set_weights(now)
+    def _own_anchors(self) -> Anchors:
+        if not self._anchor_texts:
+            return Anchors.empty(self.weights)
+        texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
+        return own_anchors(self.model, texts, self.weights, self.settings.ridge, self._anchor_rows)
 
-    def _protect(self, held: Mapping[str, Tensor]) -> None:
-        """Make anchors of the edits that held. With no anchors at all wanted, of none."""
-        if self._anchor_texts and self._shields is not None:
-            weighted = {name: HELD_WEIGHT * keys.double() for name, keys in held.items()}
-            self._shields = self._extended(self._shields, weighted)
+    def _hold(self, entry: Entry) -> None:
+        """Make anchors of what a version added. With no anchors at all wanted, of none."""
+        assert self._anchors is not None and self._own is not None
+        anchors = self._anchors
+        if self._anchor_texts:
+            weighted = {name: HELD_WEIGHT * keys.double() for name, keys in entry.held.items()}
+            anchors = anchors.hold(weighted, self.settings.ridge, self._anchor_rows)
+            watch = anchors.watch.join(entry.watch).without(entry.released)
+            surplus = range(len(self._own.watch), len(watch) - WATCHED_EDITS)
+            anchors = replace(anchors, watch=watch.without(surplus))
+        self._anchors = anchors
 
-    def _extended(
-        self, shields: Mapping[str, Tensor], keys: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        ridge, limit = self.settings.ridge, self._anchor_rows
-        extended = {
-            name: extend_shield(shields[name], rows.to(shields[name].device), ridge, limit)
-            for name, rows in keys.items()
-        }
-        return {**shields, **extended}
+    def _anchoring(self, requests: Seq[EditRequest]) -> Generator[str, None, tuple[Anchors, Watch]]:
+        """All anchors, and those of them that are new: the prompts that the operator names.
 
-    def _shielding(self, requests: Seq[EditRequest]) -> Generator[str, None, dict[str, Tensor]]:
-        """What holds the anchors still, and for this turn the prompts that the operator names."""
+        Their keys are held for this turn; they are watched from now on.
+        """
         self.prepare()
+        assert self._anchors is not None
         yield "anchors"
-        shields = dict(self._shields or {})
+        anchors, named = self._anchors, Watch.empty(self.weights)
         locality = list({str(p): p for r in requests for p in r.locality}.values())
         if locality:
             answers = own_answers(self.model, self.tokenizer, locality)
             yield "anchors"
-            named = anchor_keys(self.model, answers, self.modules, self._anchor_rows)
-            shields = self._extended(shields, named)
-            yield "anchors"
-        return {name: rows for name, rows in shields.items() if len(rows)}
+            for part, captured in captures(self.model, answers, self.modules):
+                anchors = anchors.hold(captured.keys, self.settings.ridge, self._anchor_rows)
+                rows = [row for rows in weakest(captured) for row in rows]
+                named = named.join(Watch.of(captured, dict(enumerate(part)), rows))
+                yield "anchors"
+            anchors = replace(anchors, watch=anchors.watch.join(named))
+        return anchors, named
 
     def _set_weights(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.weights[name].copy_(value)
 
-    def _commit(
-        self,
-        kind: str,
-        delta: EditDelta,
-        statistics: Mapping[str, Statistics],
-        held: Mapping[str, Tensor],
-        outcomes: Seq[EditOutcome],
-    ) -> None:
+    def _commit(self, kind: str, entry: Entry, outcomes: Seq[EditOutcome]) -> None:
         record = {
             "version": self.version + 1,
             "kind": kind,
@@ -405,10 +415,10 @@ class Editor:
             "digest": self.digest(),
             "edits": [asdict(outcome) for outcome in outcomes],
         }
-        kept = {name: stats.to("cpu") for name, stats in statistics.items()}
-        rows = {name: keys.cpu() for name, keys in held.items()}
-        self._journal.append(Entry(delta, kept, rows, record))
-        self._statistics = dict(statistics)
+        self._journal.append(replace(entry.cpu(), record=record))
+        self._statistics = dict(entry.statistics)
+        if self._anchors is not None:
+            self._hold(entry)
 
     def _check_base(self, delta: EditDelta) -> None:
         for name, base in delta.base.items():
@@ -446,6 +456,7 @@ def _check_settings(settings: Settings, anchors: int, rows: int, statistics: str
     for name, value, least in (
         ("rounds", settings.rounds, 1),
         ("batch_size", settings.batch_size, 1),
+        ("repairs", settings.repairs, 0),
         ("anchors", anchors, 0),
         ("anchor_rows", rows, 1),
     ):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ultraedit_kernels.delta import EditDelta
 from ultraedit_kernels.statistics import Statistics, from_tensors, to_tensors
+from ultraedit_kernels.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,23 @@ class Entry:
     statistics: dict[str, Statistics]
     held: dict[str, Tensor]
     """Module → keys [n, d_in] of the edits that held: anchors of the turns to come."""
+    watch: Watch
+    """What is watched from this turn on: edits that held, and prompts that the operator named."""
+    released: list[int]
+    """What is no longer: indices into all that was watched before, named prompts included."""
     record: dict[str, Any]
     """What the turn was: JSON-able; holds at least "version" and "digest"."""
+
+    def cpu(self) -> Entry:
+        """The same on the CPU: the accelerator's memory is the model's."""
+        return Entry(
+            self.delta,
+            {name: stats.to("cpu") for name, stats in self.statistics.items()},
+            {name: keys.cpu() for name, keys in self.held.items()},
+            Watch.from_tensors(self.watch.tensors()),
+            self.released,
+            self.record,
+        )
 
 
 class Journal:
@@ -104,11 +120,13 @@ class Journal:
         statistics, d_in = to_tensors(entry.statistics)
         metadata = entry.delta.metadata() | {
             "statistics_d_in": json.dumps(d_in),
+            "released": json.dumps(entry.released),
             "record": json.dumps(entry.record),
         }
         temporary = path.with_suffix(".tmp")
-        held = {f"held.{name}": keys.cpu().contiguous() for name, keys in entry.held.items()}
-        tensors = entry.delta.tensors() | statistics | held
+        held = {f"held.{name}": keys.contiguous() for name, keys in entry.held.items()}
+        watch = {f"watch.{name}": rows for name, rows in entry.watch.tensors().items()}
+        tensors = entry.delta.tensors() | statistics | held | watch
         safetensors.torch.save_file(tensors, temporary, metadata)
         _sync(temporary)
         os.replace(temporary, path)
@@ -135,10 +153,15 @@ class Journal:
         with self._open(version) as (file, metadata):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             statistics = from_tensors(tensors, json.loads(metadata["statistics_d_in"]))
-        held = {n.removeprefix("held."): t for n, t in tensors.items() if n.startswith("held.")}
-        factors = {n: t for n, t in tensors.items() if not n.startswith(("statistics.", "held."))}
+            held, watch = (
+                {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
+                for part in ("held.", "watch.")
+            )
+            watched, released = Watch.from_tensors(watch), json.loads(metadata["released"])
+        ours = ("statistics.", "held.", "watch.")
+        factors = {name: t for name, t in tensors.items() if not name.startswith(ours)}
         delta = EditDelta.from_tensors(factors, metadata, str(self._path(version)))
-        return Entry(delta, statistics, held, self._records[version - 1])
+        return Entry(delta, statistics, held, watched, released, self._records[version - 1])
 
 
 def _sync(path: Path) -> None:

@@ -122,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="texts sampled from the model whose outputs an edit must not move",
     )
+    parser.add_argument(
+        "--edit-repairs",
+        type=_whole_number(0),
+        metavar="N",
+        help="most earlier edits and sampled texts that a turn checks at a time and repairs",
+    )
     # vLLM's, taken out because ours has to be merged with them or excludes them.
     hidden = argparse.SUPPRESS
     parser.add_argument("--additional-config", "--additional_config", help=hidden)
@@ -192,6 +198,7 @@ def _additional_config(ours: argparse.Namespace) -> dict[str, Any]:
         "lr": ours.edit_lr,
         "rounds": ours.edit_rounds,
         "anchors": ours.edit_anchors,
+        "repairs": ours.edit_repairs,
     }
     settings = settings | {name: value for name, value in given.items() if value is not None}
     return config | {PLUGIN: settings}

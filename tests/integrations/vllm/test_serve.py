@@ -82,7 +82,7 @@ def test_own_options_become_editor_settings(model: str, monkeypatch: pytest.Monk
 
     monkeypatch.chdir(Path(model).parent)
     own = ["--state-dir", "edits", "--edit-modules", "a.b", "c", "--edit-lr", "1e-6"]
-    own += ["--edit-rounds", "5", "--edit-anchors", "0"]
+    own += ["--edit-rounds", "5", "--edit-anchors", "0", "--edit-repairs", "7"]
     command, _ = server_command([model, *own, "--port", "1234"], {})
     expected = {
         "state_dir": str(Path(model).parent / "edits"),
@@ -90,6 +90,7 @@ def test_own_options_become_editor_settings(model: str, monkeypatch: pytest.Monk
         "lr": 1e-6,
         "rounds": 5,
         "anchors": 0,
+        "repairs": 7,
     }
     assert settings(command) == {"ultraedit": expected}
     assert expected.keys() <= inspect.signature(Editor).parameters.keys()

@@ -1,0 +1,65 @@
+"""Shields: what anchors take from every key and every value, as a low-rank projection.
+
+An anchor is a row of H with value zero in the ridge system. All that the others see of anchors
+A [m, d] is Aᵀ(AAᵀ + λI)⁻¹A = BᵀB. The shield B has at most as many rows as is wanted, however many
+anchors there are, and stays when the anchors are gone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ultraedit_kernels.torch_backend import solve_gram
+
+
+def sketch(rows: Tensor, limit: int) -> Tensor:
+    """At most `limit` rows B with BᵀB ≈ AᵀA, all that a ridge system sees of anchors A [m, d].
+
+    The best approximation of that rank; exact if `limit` is at least the rank of A.
+    """
+    if len(rows) <= limit:
+        return rows
+    wide = rows.double()
+    if len(rows) > rows.shape[1]:
+        squares, directions = torch.linalg.eigh(wide.T @ wide)
+        best = squares.clamp_min(0).sqrt()[:, None] * directions.T
+    else:
+        squares, directions = torch.linalg.eigh(wide @ wide.T)
+        best = directions.T @ wide
+    return best[-limit:].to(rows.dtype)
+
+
+def extend_shield(shield: Tensor, anchors: Tensor, ridge: float, limit: int) -> Tensor:
+    """Add anchors A [k, d] to a shield B [m, d], float64; an empty B is no anchors.
+
+    Rows are added by one step of a block Cholesky; beyond `limit` the weakest directions are
+    dropped.
+    """
+    a = anchors.double()
+    seen = a @ shield.T
+    free = a - seen @ shield
+    gram = a @ free.T
+    gram.diagonal().add_(ridge)
+    rows = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), free, upper=False)
+    return sketch(torch.cat([shield, rows]), limit)
+
+
+def shielded(rows: Tensor, shield: Tensor) -> Tensor:
+    """Rows X [n, d] without what the anchors take: X(I - BᵀB), in the dtype of X."""
+    b = shield.to(rows.dtype)
+    return rows - (rows @ b.T) @ b
+
+
+def solve_shielded(
+    keys: Tensor, values: Tensor, ridge: float, shield: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `operations.solve` with anchors, in an n × n system: coeff [n, d_out], keys [n, d_in].
+
+    The anchors' values are zero, so their coefficients follow from the others. Without them,
+    Y = (H̃Hᵀ + λI)⁻¹V and ΔW = YᵀH̃ with the shielded keys H̃ = H(I - BᵀB).
+    """
+    h = keys.double()
+    taken = h @ shield.T
+    coeff = solve_gram((h @ h.T).addmm_(taken, taken.T, alpha=-1), values, ridge)
+    return coeff, (h - taken @ shield).to(values.dtype)
