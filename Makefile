@@ -20,7 +20,7 @@ install: .venv/installed-$(BACKEND)
 
 .venv/installed-cuda: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
-	$(PIP) install -q -e '.[vllm,triton,test,lint]'
+	$(PIP) install -q -e '.[vllm,triton,test,bench,lint]'
 	touch $@
 
 demo: install
@@ -33,6 +33,9 @@ bench: install
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --results bench/results
 	$(BIN)/python -m bench.rounding
 	$(BIN)/python -m bench.report
+
+evaluate: install
+	$(BIN)/python -m bench.evaluate $(if $(COUNTERFACT),--counterfact $(COUNTERFACT)) $(if $(ZSRE),--zsre $(ZSRE))
 
 # Needs cmake and a C compiler, neither a GPU nor a CUDA toolkit.
 aot: install

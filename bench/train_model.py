@@ -150,7 +150,7 @@ def train(
         lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps)),
     )
     model.train()
-    with tqdm(total=steps, unit="step") as progress:
+    with tqdm(total=steps, unit="step", disable=None) as progress:  # silent into a file
         for _ in range(epochs):
             for inputs, labels in batches(examples, batch_size, rng, model.config.pad_token_id):
                 loss = model(input_ids=inputs, labels=labels).loss
@@ -162,6 +162,29 @@ def train(
                 progress.update()
                 progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
     model.eval()
+
+
+def fit(
+    pairs: Sequence[tuple[Prompt, str]],
+    *,
+    hidden: int = 128,
+    layers: int = 4,
+    vocab: int = 1536,
+    epochs: int = 25,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, float]:
+    """A model and its tokenizer, both trained on prompts with their answers, and the seconds."""
+    torch.manual_seed(seed)
+    texts = [p if isinstance(p, str) else p[0]["content"] for p, _ in pairs] + [o for _, o in pairs]
+    tokenizer = train_tokenizer(texts, vocab)
+    model = make_model(tokenizer, hidden=hidden, layers=layers)
+    sequences = [encode(tokenizer, prompt, answer) for prompt, answer in pairs]
+    examples = [s.prompt_ids + s.target_ids for s in sequences]
+    start = time.perf_counter()
+    train(model, examples, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    return model, tokenizer, time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -190,7 +213,7 @@ def score(model: Any, tokenizer: Any, world: World) -> dict[str, float]:
                 questions += prompts
                 truths += [fact.object] * len(prompts)
     scores = {}
-    for name, (prompts, truths) in tqdm(asked.items(), desc="asking"):
+    for name, (prompts, truths) in tqdm(asked.items(), desc="asking", disable=None):
         given = answers(model, tokenizer, prompts)
         right = sum(a == b for a, b in zip(given, truths, strict=True))
         scores[name] = round(100 * right / len(truths), 2)
@@ -302,21 +325,15 @@ def main() -> None:
         parser.error(f"--hidden is {args.hidden}, expected a multiple of 64")
 
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
     if args.world == "earth":
         world = World.earth(args.seed)
     else:
         world = World.synthetic(args.seed, args.facts)
-    pairs = world.training_examples()
-    texts = [p if isinstance(p, str) else p[0]["content"] for p, _ in pairs] + [o for _, o in pairs]
-    tokenizer = train_tokenizer(texts, args.vocab)
-    model = make_model(tokenizer, hidden=args.hidden, layers=args.layers)
-    sequences = [encode(tokenizer, prompt, answer) for prompt, answer in pairs]
-
-    start = time.perf_counter()
-    train(
-        model,
-        [s.prompt_ids + s.target_ids for s in sequences],
+    model, tokenizer, seconds = fit(
+        world.training_examples(),
+        hidden=args.hidden,
+        layers=args.layers,
+        vocab=args.vocab,
         epochs=args.epochs,
         batch_size=args.batch_size,
         lr=args.lr,
@@ -325,7 +342,7 @@ def main() -> None:
     report = Report(
         world,
         model.num_parameters(),
-        time.perf_counter() - start,
+        seconds,
         score(model, tokenizer, world),
         shlex.join(["python", "-m", "bench.train_model", *sys.argv[1:]]),
     )

@@ -34,6 +34,9 @@ SYNTHETIC_RELATIONS = {
     "animal": ("animal", "class", 0.1),
 }
 
+MOST_REPHRASES = 5
+"""That an edit can teach: of 8 phrasings one is the prompt, and two held-out ones are asked."""
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -119,21 +122,31 @@ class World:
             objects.setdefault(fact.relation, {})[fact.object] = None
         return {relation: list(names) for relation, names in objects.items()}
 
-    def edits(self, n: int, seed: int = 0, *, form: str = "plain") -> list[dict[str, Any]]:
+    def edits(
+        self, n: int, seed: int = 0, *, form: str = "plain", rephrases: int = 0
+    ) -> list[dict[str, Any]]:
         """Draw `n` edits of different facts, as dictionaries in the layout of `EditRequest`.
 
         The prompt is a seen phrasing of the given form ("plain" or "chat"), the target another
-        object of the same relation. `test_rephrases` are the fact's held-out phrasings in both
-        forms; `test_locality` asks for facts that none of the edits touches, two of the same
-        relation and two of others, in seen phrasings.
+        object of the same relation. `rephrases` to teach are the fact's other seen phrasings and,
+        if more are wanted, some of the held-out ones, drawn; `test_rephrases` are the held-out
+        phrasings that are not taught, in both forms. `test_locality` asks for facts that none of
+        the edits touches, two of the same relation and two of others, in seen phrasings. One seed
+        draws the same edits with any number of rephrases.
 
         Raises:
-            ValueError: more edits than the facts allow, since untouched ones must remain.
+            ValueError: more edits than the facts allow, since untouched ones must remain, or so
+                many rephrases that none remains to test.
         """
         if not 0 < n <= len(self.facts) // 2:
             raise ValueError(
                 f"n is {n}, expected 1 to {len(self.facts) // 2}, half of the facts of "
                 f"{self.name}: draw fewer edits or make a larger world"
+            )
+        if not 0 <= rephrases <= MOST_REPHRASES:
+            raise ValueError(
+                f"rephrases is {rephrases}, expected 0 to {MOST_REPHRASES}, since held-out "
+                "phrasings must remain to test: teach fewer"
             )
         rng = random.Random(f"edits:{seed}")
         chosen = rng.sample(self.facts, n)
@@ -145,11 +158,14 @@ class World:
             others = [other for other in untouched if other.relation != fact.relation]
             wrong = [object_ for object_ in self.objects[fact.relation] if object_ != fact.object]
             nearby = rng.sample(same, min(2, len(same))) + rng.sample(others, 2)
+            prompt = rng.choice(self.phrasings(fact)["seen"][form])
+            taught, tests = self._divide(fact, prompt, rephrases)
             edits.append(
                 {
-                    "prompt": rng.choice(self.phrasings(fact)["seen"][form]),
+                    "prompt": prompt,
                     "target": rng.choice(wrong),
-                    "test_rephrases": self.held_out(fact),
+                    "rephrases": taught,
+                    "test_rephrases": tests,
                     "test_locality": [
                         {"prompt": rng.choice(self.seen(other)), "answer": other.object}
                         for other in nearby
@@ -158,6 +174,15 @@ class World:
                 }
             )
         return edits
+
+    def _divide(self, fact: Fact, prompt: Prompt, n: int) -> tuple[list[Prompt], list[Prompt]]:
+        """The phrasings besides `prompt`: `n` to teach, and the held-out ones among the others."""
+        seen = [other for other in self.seen(fact) if other != prompt]
+        tests = self.held_out(fact)
+        rng = random.Random(f"rephrases:{self.seed}:{fact.relation}:{fact.subject}")
+        order = rng.sample(seen, len(seen)) + rng.sample(tests, len(tests))
+        taught = order[:n]
+        return taught, [other for other in tests if other not in taught]
 
 
 def _load_templates() -> dict[str, dict[str, list[str]]]:
@@ -232,8 +257,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--edits", type=int, default=200, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--rephrases", type=int, default=0, metavar="N", help="to teach per edit")
     args = parser.parse_args()
-    print(json.dumps(World.earth().edits(args.edits, seed=args.seed), ensure_ascii=False, indent=1))
+    edits = World.earth().edits(args.edits, seed=args.seed, rephrases=args.rephrases)
+    print(json.dumps(edits, ensure_ascii=False, indent=1))
 
 
 if __name__ == "__main__":

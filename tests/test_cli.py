@@ -17,7 +17,14 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
 from bench.world import World  # noqa: E402
-from ultraedit_kernels import EditDelta, Editor, __version__, cli, presets  # noqa: E402
+from ultraedit_kernels import (  # noqa: E402
+    EditDelta,
+    Editor,
+    __version__,
+    cli,
+    comparison,
+    presets,
+)
 from ultraedit_kernels.data import load_edits  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "bench" / "tiny-facts"
@@ -168,12 +175,13 @@ def test_json_has_every_score(evaluation: subprocess.CompletedProcess[str], edit
     assert scores["generalization"] > 0.5 > untouched["generalization"]
     assert scores["specificity"] > 0.9 and untouched["specificity"] is None
     assert untouched["efficacy"] == 0 and untouched["specificity_gold"] > 0.9
+    assert report["perplexity"] > report["untouched"]["perplexity"] > 1
     assert (report["model"], report["edits_file"]) == (str(MODEL), str(edits))
     assert (report["edits"], report["turns"], report["dtype"]) == (20, 3, "float32")
     assert 0 < report["seconds"] < 60
     assert report["versions"]["ultraedit-kernels"] == __version__
     assert report["settings"]["turn_size"] == TURN_SIZE
-    assert report["settings"]["lr"] == "auto" and len(report["settings"]["modules"]) == 2
+    assert report["settings"]["lr"] == "auto" and len(report["settings"]["modules"]) == 4
     assert sum(part["edits"] for part in report["per_relation"].values()) == 20
 
 
@@ -209,6 +217,39 @@ def test_published_settings(edits: Path, tmp_path: Path) -> None:
     report = json.loads(file.read_text())
     assert report["settings"].items() >= (presets.PAPER | {"lr": 1e-3, "turn_size": 100}).items()
     assert {row["rounds"] for row in report["rows"]} == {1}
+
+
+def test_baselines_run_on_the_same_edits(
+    edits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("peft")
+    best = {"published": 1.5e-3, "fine-tuning": 3e-3, "LoRA": 1e-2}
+    monkeypatch.setattr(comparison, "rates", lambda baseline, *_: [best[baseline]])
+    file = tmp_path / "scores.json"
+    options = ["--limit", 4, "--turn-size", 4, "--anchors", 0, "--json", file, "--baselines"]
+    assert run("eval", MODEL, edits, *options) == 0
+    report = json.loads(file.read_text())
+    assert list(report["baselines"]) == list(best)
+    for baseline, scored in report["baselines"].items():
+        assert scored["lr"] == best[baseline] and scored["edits"] == 4
+        assert scored["generation"] != report["untouched"]["generation"]
+    for baseline in ("fine-tuning", "LoRA"):  # one turn, so that nothing is forgotten
+        assert report["baselines"][baseline]["generation"]["efficacy"] == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (shown,) = (line for line in lines if line[:1] == ["LoRA"])
+    assert shown[1] == "0.01" and shown[3] == "100.0"
+
+
+def test_a_server_is_not_edited(edits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = "http://127.0.0.1:9"
+    for option in (["--rounds", 2], ["--published"], ["--baselines"], ["--turn-size", 3]):
+        assert run("eval", MODEL, edits, "--server", url, *option) == 2
+        assert "a server is scored as it is" in capsys.readouterr().err
+    assert run("eval", MODEL, edits, "--server", url) == 1
+    assert f"no server answers at {url}" in capsys.readouterr().err
 
 
 def test_help_tells_the_editors_defaults() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,14 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from ultraedit_kernels.data import EditRequest, LocalityTest, Prompt
 from ultraedit_kernels.encoding import Sequence, encode, encode_prompt
-from ultraedit_kernels.metrics import Answer, evaluate, generate_answers, record_locality
+from ultraedit_kernels.metrics import (
+    Answer,
+    evaluate,
+    generate_answers,
+    perplexity,
+    record_locality,
+    untouched_texts,
+)
 
 FACTS: list[tuple[Prompt, str]] = [
     ("The capital of Zedonia is", "Marrow"),
@@ -253,6 +261,29 @@ def test_teacher_forcing_is_one_forward_pass_each(
         best = logits.argmax(-1)[len(s.prompt_ids) - 1 : -1]
         assert output.expected == tuple(s.target_ids)
         assert output.predicted == tuple(best.tolist())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_perplexity_is_that_of_every_token_but_the_first(
+    random_model: LlamaForCausalLM, tokenizer: Any, batch_size: int
+) -> None:
+    loss, tokens = 0.0, 0
+    for prompt, target in FACTS:
+        s = encode(tokenizer, prompt, target)
+        ids = torch.tensor([s.prompt_ids + s.target_ids])
+        logits = random_model(input_ids=ids).logits[0, :-1]
+        loss += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    got = perplexity(random_model, tokenizer, FACTS, batch_size=batch_size)
+    assert got == pytest.approx(math.exp(loss / tokens), rel=1e-5)
+    with pytest.raises(ValueError, match="got no texts"):
+        perplexity(random_model, tokenizer, [])
+
+
+def test_untouched_texts_are_the_locality_tests_with_an_answer() -> None:
+    edits = requests()
+    texts = untouched_texts([*edits, *edits])
+    assert sorted(map(str, texts)) == sorted(map(str, FACTS))
 
 
 def test_the_models_own_generation_settings_do_not_bend_greedy_decoding(

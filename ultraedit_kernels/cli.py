@@ -7,13 +7,15 @@ also if some edits do not hold (the output says so); 1 for an error; 2 for wrong
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +87,7 @@ Rounds = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        show_default="12",
+        show_default="16",
         help="Most steps per turn; it ends when every edit holds.",
         rich_help_panel=_HOW,
     ),
@@ -95,7 +97,7 @@ Margin = Annotated[
     typer.Option(
         min=0.0,
         metavar="X",
-        show_default="4.0",
+        show_default="2.6",
         help="Logits by which a target token must lead for an edit to hold.",
         rich_help_panel=_HOW,
     ),
@@ -105,8 +107,8 @@ Anchors = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        show_default="300",
-        help="Texts of the model's own that are held still.",
+        show_default="2000",
+        help="Texts of the model's own that are held still and watched.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -255,6 +257,21 @@ def evaluate(
     margin: Margin = None,
     anchors: Anchors = None,
     published: Published = False,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Also score the published method, fine-tuning and LoRA, each at its best rate.",
+        ),
+    ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Score a running OpenAI-compatible server as it is, editing nothing; its API key "
+            "is $VLLM_API_KEY, MODEL is where its tokenizer is.",
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -265,8 +282,23 @@ def evaluate(
     settings = _settings(published, lr, rounds, margin, anchors, seed, modules)
     if json_file not in (None, "-"):
         _check_folder(Path(str(json_file)))
+    if server is not None:
+        given = (turn_size, modules, lr, rounds, margin, anchors, published or None)
+        if baselines or any(option is not None for option in given):
+            raise typer.BadParameter(
+                "a server is scored as it is; leave out the options of editing",
+                param_hint="--server",
+            )
+        _evaluate_server(model, edits, limit, server, json_file)
+        return
+    if baselines and find_spec("peft") is None:
+        raise ValueError("--baselines needs peft; pip install 'ultraedit-kernels[bench]'")
     job = _load(model, edits, limit, dtype, device, settings)
     scored = (job.model, job.tokenizer, job.requests)
+    texts = metrics.untouched_texts(job.requests)
+
+    def perplexity() -> dict[str, float | None]:
+        return {"perplexity": metrics.perplexity(*scored[:2], texts) if texts else None}
 
     with _progress() as bar:
         task = bar.add_task("recording the untouched model", total=None)
@@ -278,6 +310,7 @@ def evaluate(
         untouched = metrics.evaluate(
             *scored, progress=lambda done, all_: bar.update(first, completed=done, total=all_)
         )
+    untouched |= perplexity()
     made = _make(job, turn_size)
     with _progress() as bar:
         last = bar.add_task("scoring after all turns", total=None)
@@ -287,15 +320,14 @@ def evaluate(
             progress=lambda done, all_: bar.update(last, completed=done, total=all_),
         )
 
+    scores |= perplexity()
     report = _report(job, made, untouched, scores)
-    console = _ERR if json_file == "-" else _OUT
-    _print_scores(console, report)
-    if json_file == "-":
-        print(json.dumps(report, ensure_ascii=False, indent=1))
-    elif json_file is not None:
-        text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-        Path(json_file).write_text(text, encoding="utf-8")
-        _OUT.print(f"all scores: {json_file}", soft_wrap=True)
+    if baselines:
+        job.editor.rollback(0)
+        report["baselines"] = _compare(
+            job, made.turn_size, lambda: metrics.evaluate(*scored, before=before) | perplexity()
+        )
+    _write_scores(report, json_file, _print_scores)
 
 
 # The model and any options go to the server as they are, `--help` too.
@@ -400,7 +432,6 @@ def _load(
     import transformers
     from safetensors import SafetensorError
 
-    from ultraedit_kernels.data import load_edits
     from ultraedit_kernels.editor import Editor
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -408,12 +439,7 @@ def _load(
             f"{dtype!r}, expected auto, float32, bfloat16 or float16", param_hint="--dtype"
         )
     place = _device(device)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        requests = load_edits(edits_file)[:limit]
-    for warning in caught:
-        _ERR.print(f"warning: {warning.message}", soft_wrap=True)
-
+    requests = _read_edits(edits_file, limit)
     local = Path(name).expanduser()
     if not local.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ValueError(f"there is no directory {name}; pass a Hugging Face directory or hub id")
@@ -438,6 +464,17 @@ def _load(
             ) from error
         _ERR.print(f"continuing the statistics of {statistics}", soft_wrap=True)
     return _Job(name, edits_file, model, tokenizer, requests, editor, settings, place)
+
+
+def _read_edits(file: Path, limit: int | None) -> list[EditRequest]:
+    from ultraedit_kernels.data import load_edits
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        requests = load_edits(file)[:limit]
+    for warning in caught:
+        _ERR.print(f"warning: {warning.message}", soft_wrap=True)
+    return requests
 
 
 def _device(name: str | None) -> torch.device:
@@ -595,13 +632,89 @@ def _report(
             "transformers": metadata.version("transformers"),
         },
         "settings": {"turn_size": made.turn_size, **settings},
-        "untouched": {key: untouched[key] for key in ("generation", "teacher_forced")},
+        "untouched": {
+            key: untouched[key] for key in ("generation", "teacher_forced", "perplexity")
+        },
         **scores,
         "rows": [
             {**row, "turn": turn, "held_when_made": outcome.succeeded, "rounds": outcome.rounds}
             for row, turn, outcome in judged
         ],
     }
+
+
+def _compare(
+    job: _Job, turn_size: int, score: Callable[[], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The best scores of every baseline, and all that were tried."""
+    from ultraedit_kernels import comparison
+    from ultraedit_kernels.data import split_turns
+
+    turns = list(split_turns(job.requests, turn_size))
+    result = {}
+    for baseline in comparison.BASELINES:
+        with _ERR.status(f"comparing with {baseline}"):
+            best = comparison.search(
+                baseline, job.model, job.tokenizer, turns, job.editor.modules, score
+            )
+        best.pop("rows")
+        result[baseline] = best
+    return result
+
+
+def _evaluate_server(
+    model: str, edits: Path, limit: int | None, url: str, json_file: str | None
+) -> None:
+    import transformers
+
+    from ultraedit_kernels import metrics
+
+    requests = _read_edits(edits, limit)
+    served = metrics.ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
+    with _progress() as bar:
+        task = bar.add_task(f"asking {served.name}", total=None)
+        scores = metrics.evaluate(
+            served,
+            tokenizer,
+            requests,
+            progress=lambda done, all_: bar.update(task, completed=done, total=all_),
+        )
+    del scores["teacher_forced"]
+    report = {"server": served.url, "model": served.name, "edits_file": str(edits), **scores}
+    _write_scores(report, json_file, _print_server_scores)
+
+
+def _write_scores(
+    report: dict[str, Any],
+    json_file: str | None,
+    show: Callable[[Console, dict[str, Any]], None],
+) -> None:
+    show(_ERR if json_file == "-" else _OUT, report)
+    text = json.dumps(report, ensure_ascii=False, indent=1)
+    if json_file == "-":
+        print(text)
+    elif json_file is not None:
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
+        _OUT.print(f"all scores: {json_file}", soft_wrap=True)
+
+
+def _print_server_scores(console: Console, report: dict[str, Any]) -> None:
+    count = report["edits"]
+    console.print(
+        f"{report['model']} at {report['server']}, {report['edits_file']}: {count} "
+        f"edit{'s' * (count != 1)}",
+        soft_wrap=True,
+    )
+    table = _table("As it answers now, %", ("generation",))
+    for score, title in SCORES.items():
+        if score != "specificity":  # what it said before is not known
+            table.add_row(title, _percent(report["generation"][score]))
+    console.print(table)
+    _print_relations(console, report)
 
 
 def _print_scores(console: Console, report: dict[str, Any]) -> None:
@@ -621,17 +734,41 @@ def _print_scores(console: Console, report: dict[str, Any]) -> None:
         ]
         table.add_row(title, *cells)
     console.print(table)
-    if "per_relation" in report:
-        table = _table("Generation by relation, %", ("edits", *SCORES.values()))
-        for relation, part in report["per_relation"].items():
-            cells = [_percent(part["generation"][score]) for score in SCORES]
-            table.add_row(relation, str(part["edits"]), *cells)
-        console.print(table)
+    if report["perplexity"] is not None:
+        console.print(
+            f"perplexity of the locality tests with their gold answers: {report['perplexity']:.3f},"
+            f" untouched {report['untouched']['perplexity']:.3f}"
+        )
+    _print_relations(console, report)
+    if "baselines" in report:
+        _print_baselines(console, report)
     console.print(
         "generation: free greedy decoding, the whole answer and then a stop. teacher-forced: share "
         "of answer tokens, given those before. specificity: answers that stayed as they were.",
         style="dim",
     )
+
+
+def _print_relations(console: Console, report: dict[str, Any]) -> None:
+    if "per_relation" not in report:
+        return
+    table = _table("Generation by relation, %", ("edits", *SCORES.values()))
+    for relation, part in report["per_relation"].items():
+        cells = [_percent(part["generation"][score]) for score in SCORES]
+        table.add_row(relation, str(part["edits"]), *cells)
+    console.print(table)
+
+
+def _print_baselines(console: Console, report: dict[str, Any]) -> None:
+    scores = [score for score in SCORES if score != "specificity_gold"]
+    columns = ("rate", "seconds", *(SCORES[score] for score in scores))
+    table = _table("Generation by method, %", columns)
+    methods = {"this run": report, **report["baselines"]}
+    for method, scored in methods.items():
+        rate = "–" if scored is report else f"{scored['lr']:.2g}"
+        cells = [_percent(scored["generation"][score]) for score in scores]
+        table.add_row(method, rate, f"{scored['seconds']:.1f}", *cells)
+    console.print(table)
 
 
 def _table(title: str, columns: tuple[str, ...]) -> Table:

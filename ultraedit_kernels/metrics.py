@@ -25,22 +25,34 @@ specificity_gold
     They give the gold answer, as far as it is known.
 
 Every score is the mean over edits of the mean over that edit's prompts.
+
+The judge asks a model in this process, or with `ServedModel` one behind a server: the same
+questions, the same scores, but no teacher forcing.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ultraedit_kernels.capture import evaluation_mode
 from ultraedit_kernels.data import EditRequest, Prompt
 from ultraedit_kernels.encoding import Sequence, encode, encode_prompt
 from ultraedit_kernels.generation import generate
+
+IGNORED = -100
+"""Label of a position without a loss, as cross entropy has it."""
 
 SPARE_TOKENS = 4
 """Room after the longest expected answer, so that a model that goes on is seen to go on."""
@@ -53,6 +65,68 @@ class Answer(NamedTuple):
     """Decoded, without the end-of-sequence token, white space as generated."""
     stopped: bool
     """The model ended the answer within the limit."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model behind an OpenAI-compatible server, to be judged in place of one in this process.
+
+    Text goes to /v1/completions, messages to /v1/chat/completions, at temperature 0: the answers
+    are those that users get, with the server's own tokenisation and chat template.
+    """
+
+    url: str
+    """Of the server, without /v1."""
+    name: str
+    """Of the model, as the server knows it."""
+    api_key: str | None = None
+
+    @classmethod
+    def connect(cls, url: str, api_key: str | None = None) -> ServedModel:
+        """The first model that a server lists.
+
+        Raises:
+            ValueError: no server answers there, or it refuses.
+        """
+        asked = cls(url.rstrip("/").removesuffix("/v1"), "", api_key)
+        return replace(asked, name=asked._request("/v1/models")["data"][0]["id"])
+
+    def answers(self, prompts: Seq[Prompt], max_new_tokens: int, parallel: int) -> list[Answer]:
+        """As `generate_answers`, with so many requests under way at a time."""
+
+        def ask(prompt: Prompt) -> Answer:
+            # One token more, by which a longer answer is known.
+            body = {"model": self.name, "temperature": 0, "max_tokens": max_new_tokens + 1}
+            if isinstance(prompt, str):
+                reply = self._request("/v1/completions", {**body, "prompt": prompt})
+                (choice,) = reply["choices"]
+                text = choice["text"]
+            else:
+                reply = self._request("/v1/chat/completions", {**body, "messages": prompt})
+                (choice,) = reply["choices"]
+                text = choice["message"]["content"]
+            return Answer(text or "", choice["finish_reason"] == "stop")
+
+        with ThreadPoolExecutor(parallel) as pool:
+            return list(pool.map(ask, prompts))
+
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise ValueError(
+                f"{self.url}{path} answered {error.code}: {error.read().decode()[:500]}"
+            ) from error
+        except urllib.error.URLError as error:
+            raise ValueError(
+                f"no server answers at {self.url} ({error.reason}); start one, or correct the URL"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -74,7 +148,7 @@ class _Test:
 
 
 def generate_answers(
-    model: nn.Module,
+    model: nn.Module | ServedModel,
     tokenizer: Any,
     prompts: Seq[Prompt],
     *,
@@ -86,6 +160,8 @@ def generate_answers(
     Raises:
         ValueError: messages, but the tokenizer has no chat template.
     """
+    if isinstance(model, ServedModel):
+        return model.answers(prompts, max_new_tokens, batch_size)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # Room for the end of sequence, and for one token by which a longer answer is known.
     limit = max_new_tokens + 2
@@ -100,8 +176,47 @@ def generate_answers(
     return answers
 
 
+@torch.no_grad()
+def perplexity(
+    model: Any, tokenizer: Any, texts: Seq[tuple[Prompt, str]], *, batch_size: int = 32
+) -> float:
+    """Per-token perplexity of prompts with their answers and the end of sequence.
+
+    Every token but the first of a text counts, given those before it.
+
+    Raises:
+        ValueError: no texts.
+    """
+    if not texts:
+        raise ValueError("got no texts, expected at least one; pass prompts with their answers")
+    encoded = [encode(tokenizer, prompt, answer) for prompt, answer in texts]
+    rows = sorted((s.prompt_ids + s.target_ids for s in encoded), key=len)
+    device = model.get_input_embeddings().weight.device
+    loss, tokens = 0.0, 0
+    with evaluation_mode(model):
+        for start in range(0, len(rows), batch_size):
+            ids, mask = pad_right(rows[start : start + batch_size], device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            labels = ids.masked_fill(mask == 0, IGNORED)[:, 1:]
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            loss += nats.item()
+            tokens += int((labels != IGNORED).sum())
+    return math.exp(loss / tokens)
+
+
+def untouched_texts(requests: Seq[EditRequest]) -> list[tuple[Prompt, str]]:
+    """The locality tests that have a gold answer, each once: texts for `perplexity`."""
+    tests = {
+        json.dumps([test.prompt, test.answer]): (test.prompt, test.answer)
+        for request in requests
+        for test in request.test_locality
+        if test.answer is not None
+    }
+    return list(tests.values())
+
+
 def record_locality(
-    model: nn.Module,
+    model: nn.Module | ServedModel,
     tokenizer: Any,
     requests: Seq[EditRequest],
     *,
@@ -120,7 +235,7 @@ def record_locality(
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | ServedModel,
     tokenizer: Any,
     requests: Seq[EditRequest],
     *,
@@ -131,7 +246,8 @@ def evaluate(
     """Score edits on a model as it is now: call it after the last turn.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face causal language model, or a served one.
+        tokenizer: the model's, also if it is served: it says how long answers may get.
         requests: the edits; none of their test questions may have been shown to the editor.
         before: `record_locality` of the untouched model for the same requests; without it there is
             no score of unchanged outputs.
@@ -199,7 +315,7 @@ def _limit(tokenizer: Any, requests: Seq[EditRequest]) -> int:
 
 
 def _run(
-    model: nn.Module,
+    model: nn.Module | ServedModel,
     tokenizer: Any,
     tests: Seq[_Test],
     limit: int,
@@ -207,8 +323,10 @@ def _run(
     progress: Callable[[int, int], None] | None,
 ) -> list[Output]:
     """Generation and teacher forcing at every test, in order; batched by length."""
+    served = isinstance(model, ServedModel)
     settings = getattr(model, "generation_config", None)
-    if tokenizer.eos_token_id is None and getattr(settings, "eos_token_id", None) is None:
+    ends = (tokenizer.eos_token_id, getattr(settings, "eos_token_id", None))
+    if not served and ends == (None, None):
         raise ValueError(
             "neither tokenizer nor model has an end-of-sequence token, expected one, as an answer "
             "counts only if the model stops after it; set tokenizer.eos_token"
@@ -228,7 +346,7 @@ def _run(
         forced = {
             i: encode(tokenizer, tests[i].prompt, expected, append_eos=False)
             for i in part
-            if (expected := tests[i].expected) is not None
+            if not served and (expected := tests[i].expected) is not None
         }
         for i, answer in zip(part, answers, strict=True):
             outputs[i] = Output(tests[i].prompt, answer)
@@ -243,24 +361,29 @@ def _run(
     return [outputs[i] for i in range(len(tests))]
 
 
+def pad_right(rows: Seq[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both [rows, longest].
+
+    Padding goes to the right, where a causal model cannot see it: positions stay as they are.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
 @torch.no_grad()
 def _predict(model: Any, sequences: Seq[Sequence]) -> list[tuple[int, ...]]:
     """The most likely token at each target token, given the prompt and the target up to it."""
     if not sequences:
         return []
     texts = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
-    width = max(map(len, texts))
-    # Padding goes to the right, where a causal model cannot see it: positions stay as they are.
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    ids, mask = pad_right(texts, model.get_input_embeddings().weight.device)
     first = min(len(s.prompt_ids) for s in sequences) - 1
-    device = model.get_input_embeddings().weight.device
+    keep = ids.shape[1] - first
     with evaluation_mode(model):
         logits = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            use_cache=False,
-            logits_to_keep=width - first,
+            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
         ).logits
     best = logits.argmax(-1).tolist()
     return [

@@ -133,6 +133,23 @@ def test_edits_ask_for_something_false_and_score_what_they_do_not_touch(
             assert other not in edited and test["answer"] == other.object
 
 
+@by_name
+def test_rephrases_to_teach_are_never_asked(world: World) -> None:
+    plain = world.edits(20, seed=2)
+    for edit, bare in zip(world.edits(20, seed=2, rephrases=4), plain, strict=True):
+        taught = [json.dumps(p) for p in edit["rephrases"]]
+        tests = [json.dumps(p) for p in edit["test_rephrases"]]
+        assert len(set(taught)) == 4 and len(tests) == 3
+        assert not {*taught, json.dumps(edit["prompt"])} & set(tests)
+        # The same edit, and its tests are some of those asked without.
+        same = ("prompt", "target", "test_locality", "relation")
+        assert [edit[key] for key in same] == [bare[key] for key in same]
+        assert set(tests) < {json.dumps(p) for p in bare["test_rephrases"]}
+        assert bare["rephrases"] == []
+    with pytest.raises(ValueError, match="rephrases is 6, expected 0 to 5"):
+        world.edits(20, rephrases=6)
+
+
 @pytest.mark.parametrize("n", [0, len(EARTH.facts) // 2 + 1])
 def test_impossible_number_of_edits_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"n is {n}, expected 1 to"):
