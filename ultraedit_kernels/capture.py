@@ -215,7 +215,7 @@ class _Reader:
             if torch.is_grad_enabled() and not output.requires_grad:
                 output = output.detach().requires_grad_()  # the graph starts here
             self.outputs[name] = output
-            return output
+            return output.clone()  # some models add to it in place
 
         return hook
 
