@@ -53,7 +53,7 @@ def against(watch: Watch, sequence: int, size: float) -> dict[str, LowRank]:
 def test_threat_is_the_share_of_the_lead_a_small_change_takes(model, weights, watch, sequences):
     for i in range(len(sequences)):
         delta = against(watch, i, 0.02)
-        threat = watch.threat(delta)
+        threat = watch.threat(sum(watch.shift(name, factor) for name, factor in delta.items()))
         for name, factor in delta.items():
             factor.apply(weights[name])
         after = capture(model, sequences, MODULES, backward=False).margin

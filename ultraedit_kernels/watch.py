@@ -104,15 +104,16 @@ class Watch:
             self.lead[rows],
         )
 
-    def threat(self, delta: Mapping[str, LowRank]) -> Tensor:
-        """[w] largest share of a token's lead that a change of the weights takes, first order."""
-        shift = torch.zeros_like(self.lead)
-        for name, factor in delta.items():
-            keys, coeff = factor.keys.to(shift), factor.coeff.to(shift)
-            moved = self.keys[name].to(shift) @ keys.T @ coeff
-            shift -= (moved * self.slopes[name].to(shift)).sum(1)
+    def shift(self, name: str, factor: LowRank) -> Tensor:
+        """[r] first-order change of the leads under a change of one module's weight."""
+        keys, coeff = factor.keys.to(self.lead), factor.coeff.to(self.lead)
+        moved = self.keys[name].to(self.lead) @ keys.T @ coeff
+        return (moved * self.slopes[name].to(self.lead)).sum(1)
+
+    def threat(self, shift: Tensor) -> Tensor:
+        """[w] largest share of a token's lead that a change of the leads [r] takes."""
         none = torch.zeros(len(self), device=shift.device)
-        return none.scatter_reduce(0, self.owner, shift / self.lead, "amax")
+        return none.scatter_reduce(0, self.owner, -shift / self.lead, "amax")
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors on the CPU, tokens padded with -1, for a file."""
@@ -203,7 +204,11 @@ class Repairs:
         One that now makes the substitution that an edit asks for, at nearly its key, is taken for
         another way to say that edit, not for damage, and is let go.
         """
-        threat = self._watch.threat(delta)
+        shift = torch.zeros_like(self._watch.lead)
+        for name, factor in delta.items():
+            shift += self._watch.shift(name, factor)
+            yield "solve"
+        threat = self._watch.threat(shift)
         threat[self.released + self._repaired] = 0.0
         worst = threat.argsort(descending=True)[: self._budget].tolist()
         threatened = [i for i in worst if threat[i] > THREAT]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ultraedit_kernels.editor import Editor, TurnResult
     from ultraedit_kernels.integrations.vllm.twin import Twin
 
+SLICE = 10
+"""Sequences that a turn captures in one slice, if no batch size is given."""
 PROBE_BATCH = 8
 """Prompts that a dry run answers in one slice."""
 
@@ -97,7 +99,8 @@ class UltraEditWorker:
             except UnsupportedModelError as error:
                 return {"error": {"message": str(error), "type": "UnsupportedModelError"}}
             try:
-                editor = Editor(twin.model, tokenizer, **settings | {"modules": list(twin.live)})
+                given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}
+                editor = Editor(twin.model, tokenizer, **given)
             except (ValueError, OSError) as error:
                 if (where := settings.get("state_dir")) is None:
                     raise
