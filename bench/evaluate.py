@@ -1,6 +1,6 @@
 """Do edits hold when the model really speaks? Reproduces the tables and plots of the README.
 
-Usage, from the repository root; two hours on two cores, nothing but the CPU:
+Usage, from the repository root; hours, on nothing but the CPU:
 
     python -m bench.evaluate                                     # all parts
     python -m bench.evaluate main frontier                       # some of them

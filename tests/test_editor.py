@@ -125,7 +125,7 @@ def test_one_edit_holds_whatever_the_statistics_of_two_rows_say(editor, turn):
 
 
 def test_a_turn_repairs_what_it_broke(model, tokenizer):
-    """Six edits of one relation at once; earlier edits and the model's own texts are seen to."""
+    """With a budget, far fewer of the earlier edits and of the model's own texts are lost."""
     requests = [EditRequest.from_dict(record) for record in World.earth().edits(80, seed=12)]
     lost = []
     for repairs in (0, 100):

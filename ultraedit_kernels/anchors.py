@@ -76,25 +76,32 @@ def own_anchors(
 ) -> Anchors:
     """Anchors from texts that the model writes, as far as it is sure of them."""
     anchors = Anchors.empty(weights)
-    none = {n: w.new_zeros(0, w.shape[1], dtype=torch.float32) for n, w in weights.items()}
-    keys, slopes = none, {n: rows.float() for n, rows in anchors.outputs.items()}
+    keys, slopes = (
+        {name: rows.float() for name, rows in none.items()}
+        for none in (anchors.keys, anchors.outputs)
+    )
     watch, seen = anchors.watch, set[tuple[int, ...]]()
     weight = min(1.0, OWN_WEIGHT / max(1, len(texts))) ** 0.5
     for part, captured in captures(model, texts, list(weights)):
         sure = torch.exp(-2 * captured.loss)[:, None]  # square of the token's probability
         for name, slope in lead_slopes(captured).items():
-            rows = captured.keys[name].float() * (sure * weight)
-            keys[name] = sketch(torch.cat([keys[name], rows]), 4 * limit)
-            slopes[name] = sketch(torch.cat([slopes[name], slope.float()]), 4 * limit)
+            key = captured.keys[name].float() * (sure * weight)
+            keys[name] = _bounded(torch.cat([keys[name], key]), limit)
+            slopes[name] = _bounded(torch.cat([slopes[name], slope.float()]), limit)
         runs = {i: run for i, run in _sure_runs(part, captured) if _ids(run.sequence) not in seen}
         seen |= {_ids(run.sequence) for run in runs.values()}
         new = {i: run.sequence for i, run in runs.items()}
-        rows = [row for run in runs.values() for row in run.weakest]
-        watch = watch.join(Watch.of(captured, new, rows))
+        weakest = [row for run in runs.values() for row in run.weakest]
+        watch = watch.join(Watch.of(captured, new, weakest))
     for name, rows in slopes.items():
         ridge_out = OUTPUT_RIDGE * float(rows.square().sum()) / rows.shape[1]
         anchors.outputs[name] = extend_shield(anchors.outputs[name], rows, ridge_out, limit)
     return replace(anchors, watch=watch).hold(keys, ridge, limit)
+
+
+def _bounded(rows: Tensor, limit: int) -> Tensor:
+    """Rows [m, d], or a sketch of them once they are many: not with every batch, it costs m³."""
+    return rows if len(rows) <= 4 * limit else sketch(rows, limit)
 
 
 def captures(

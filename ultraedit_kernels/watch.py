@@ -27,8 +27,8 @@ THREAT = 0.1
 """Share of a token's lead that a turn must take, to first order, before its sequence is checked."""
 SAME_KEY = 0.55
 """Cosine of shielded keys, mean over the modules, from which on two prompts ask for the same fact.
-Of the substitutions of an edit seen in other texts, 95 % that spoke of its subject had more, and
-93 % that did not had less (100 edits of a small model of made-up facts)."""
+Of texts seen to make an edit's substitution, 5 % of those that spoke of its subject had less than
+0.54, 5 % of those that did not more than 0.61 (100 edits of a small model of made-up facts)."""
 CHECKS = 2
 """Times that a turn looks at what is watched: once every edit holds, and after the repairs."""
 ROWS = 4
