@@ -1,4 +1,4 @@
-# make install | demo | test | bench | evaluate | aot | lint | clean          BACKEND=cpu (default) or cuda
+# make install | demo | test | soak | bench | evaluate | aot | lint | clean          BACKEND=cpu (default) or cuda
 BACKEND ?= cpu
 PYTHON  ?= python3
 # PyPI's torch brings several GB of CUDA; the CPU build comes from PyTorch's own index.
@@ -6,7 +6,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test bench evaluate aot lint clean
+.PHONY: install demo test soak bench evaluate aot lint clean
 
 install: .venv/installed-$(BACKEND)
 
@@ -29,6 +29,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# The server under kills, streams and fuzzing at full length.
+soak: install
+	$(BIN)/python -m pytest -m soak --soak
+
 bench: install
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --results bench/results
 	$(BIN)/python -m bench.rounding
@@ -49,6 +53,6 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build build-aot build-evaluate dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build build-aot build-evaluate build-soak dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f ultraedit_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

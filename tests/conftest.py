@@ -20,6 +20,10 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 BUNDLED = Path(__file__).parent.parent / "bench" / "tiny-facts"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="long tests of the server at full length")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The bundled model's tokenizer."""
