@@ -29,9 +29,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# The server under kills, streams and fuzzing at full length.
+# The server under kills, streams and fuzzing at full length; last its throughput after 1,000 edits.
 soak: install
 	$(BIN)/python -m pytest -m soak --soak
+	$(BIN)/python -m bench.serving
 
 bench: install
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --results bench/results

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from rich.table import Table
 
 MODEL = Path(__file__).parent / "tiny-facts"
 START_SECONDS = 300
+SERVE = (str(Path(sys.executable).with_name("ultraedit")), "serve", str(MODEL))
 
 
 def chat(question: str) -> list[dict[str, str]]:
@@ -117,15 +118,15 @@ class Stream:
 
 
 @contextmanager
-def server(console: Console) -> Iterator[httpx.Client]:
+def server(console: Console, *options: str, serve: Sequence[str] = SERVE) -> Iterator[httpx.Client]:
     """The server with the bundled model on a free loopback port, and a client with its key."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     key = secrets.token_hex(16)
-    command = [str(Path(sys.executable).with_name("ultraedit")), "serve", str(MODEL)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    console.print(f"$ ultraedit serve bench/tiny-facts {' '.join(command[3:])}")
+    command = [*serve, "--host", "127.0.0.1", "--port", str(port), *options]
+    shown = [Path(serve[0]).name, *command[1:]]
+    console.print(f"$ {' '.join(shown).replace(str(MODEL), 'bench/tiny-facts')}")
     handle, log = tempfile.mkstemp(suffix=".log", prefix="ultraedit-demo-")
     process = subprocess.Popen(
         command, stdout=handle, stderr=subprocess.STDOUT, env=os.environ | {"VLLM_API_KEY": key}

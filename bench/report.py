@@ -2,8 +2,9 @@
 
     python -m bench.report [--results DIR] [--readme FILE]
 
-The table goes between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`; that of the
-rounding study between the like marks in bench/README.md.
+The table goes between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`, that of serving
+between `<!-- serving:begin -->` and `<!-- serving:end -->`; that of the rounding study between the
+like marks in bench/README.md.
 """
 
 from __future__ import annotations
@@ -199,6 +200,35 @@ def rounding_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def serving_table(rows: list[Row]) -> str:
+    """Throughput of edited and other servers as Markdown."""
+    heads = ["server", "tokens/s, median (p20 to p80)", "ratio to unedited (95 % interval)"]
+    heads += ["answers as edited"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in rows:
+        same = f"{float(row['same_answers']):.1%}" if row["same_answers"] else ""
+        speed, low, high = (f"{float(row[name]):,.0f}" for name in ("tokens_per_s", "p20", "p80"))
+        ratio, *interval = (f"{float(row[f'ratio{end}']):.3f}" for end in ("", "_low", "_high"))
+        cells = [row["configuration"], f"{speed} ({low} to {high})"]
+        lines.append(_line([*cells, f"{ratio} ({' to '.join(interval)})", same]))
+    first, last = rows[0], rows[-1]
+    edits = int(first["edits"])
+    parts = [
+        f"{first['hardware']}, {first['cores']} cores",
+        f"vLLM {first['vllm']}, torch {first['torch']}, {first['dtype']}",
+        f"{first['model']}, {first['concurrency']} concurrent requests of {first['output_tokens']} "
+        "output tokens, greedy",
+        f"{edits:,} edits in {first['turns']} turns through `/v1/edits` with `{first['options']}`, "
+        f"of which {int(first['held_in_turn']) / edits:.0%} held in their turn",
+        f"LoRA of rank {first['rank']}, the whole change of {first['modules'].replace(' ', ', ')}",
+        f"{last['windows']} rounds of one window each, ratios within a round; {first['windows']} "
+        "windows before the first edit and after the last",
+        f"load average before {first['load_average']}",
+        first["time"][:10],
+    ]
+    return "\n".join(lines) + f"\n\nMeasured: {'; '.join(parts)}."
+
+
 def insert(path: Path, name: str, text: str) -> None:
     """Put text between the markers `<!-- {name}:begin -->` and `<!-- {name}:end -->` of a file.
 
@@ -321,6 +351,9 @@ def main() -> None:
     text = table(results)
     print(text)
     insert(options.readme, "benchmarks", text)
+    served = options.results / "serving.csv"
+    if served.exists():
+        insert(options.readme, "serving", serving_table(_rows(served)))
     lives = options.results / "rounding.csv"
     if lives.exists() and options.results == RESULTS:
         insert(ROOT / "bench" / "README.md", "rounding", rounding_table(_rows(lives)))

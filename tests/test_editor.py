@@ -211,6 +211,9 @@ def test_edits_that_are_no_edit_requests_are_refused(editor):
         ({"ridge": 0.0}, "ridge is 0.0"),
         ({"anchors": -1}, "anchors is -1"),
         ({"statistics": "global"}, "statistics is 'global'"),
+        ({"keep": 0}, "keep is 0"),
+        ({"max_change": 0}, "max_change is 0"),
+        ({"canaries": [{"prompt": "A"}]}, "canary 0 is"),
     ],
 )
 def test_bad_settings_are_refused(model, tokenizer, options, message):
@@ -221,6 +224,7 @@ def test_bad_settings_are_refused(model, tokenizer, options, message):
 def test_a_stream_resumes_from_its_state_directory(model, tokenizer, tmp_path):
     editor = Editor(model, tokenizer, anchors=20, state_dir=tmp_path)
     editor.apply([SYDNEY])
+    editor.close()
     fresh = AutoModelForCausalLM.from_pretrained(BUNDLED)
     resumed = Editor(fresh, tokenizer, anchors=20, state_dir=tmp_path)
     assert resumed.version == 1 and resumed.digest() == editor.digest()
@@ -235,9 +239,10 @@ def test_a_stream_resumes_from_its_state_directory(model, tokenizer, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "000001.safetensors",
         "000002.safetensors",
+        "lock",
     ]
     resumed.rollback(1)
-    assert [p.name for p in tmp_path.iterdir()] == ["000001.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001.safetensors", "lock"]
 
 
 def test_a_rollback_that_cannot_be_replayed_changes_nothing(model, tokenizer, tmp_path):
@@ -253,7 +258,7 @@ def test_a_rollback_that_cannot_be_replayed_changes_nothing(model, tokenizer, tm
     assert editor.version == 0
 
 
-def test_two_processes_cannot_write_the_same_version(model, tokenizer, tmp_path):
+def test_a_version_that_is_there_already_is_not_overwritten(model, tokenizer, tmp_path):
     editor = Editor(model, tokenizer, anchors=0, state_dir=tmp_path)
     (tmp_path / "000001.safetensors").write_bytes(b"of another process")
     before = state(editor)
@@ -267,6 +272,7 @@ def test_state_directories_that_cannot_be_continued(model, tokenizer, tmp_path):
     editor = Editor(model, tokenizer, anchors=0, state_dir=tmp_path)
     editor.apply([SYDNEY])
     editor.apply([AUSTEN])
+    editor.close()
     with pytest.raises(ValueError, match="belongs to another checkpoint or dtype"):
         Editor(model, tokenizer, anchors=0, state_dir=tmp_path)  # this model is edited already
     (tmp_path / "000001.safetensors").rename(tmp_path / "kept")
@@ -377,3 +383,106 @@ def test_an_edit_that_cannot_hold_is_reported_as_failed(model, tokenizer):
     editor = Editor(model, tokenizer, anchors=0, lr=1e-12, rounds=2)
     outcome = editor.apply([SYDNEY]).edits[0]
     assert not outcome.succeeded and outcome.rounds == 2 and outcome.margin < 0
+
+
+TURNS = [
+    EditRequest(f"The capital of {country} is", target)
+    for country, target in zip(
+        ["Australia", "Peru", "Cuba", "Spain", "Italy"],
+        ["Sydney", "Perth", "Hobart", "Lima", "Oslo"],
+        strict=True,
+    )
+]
+
+
+def test_a_stream_goes_on_exactly_from_a_snapshot(model, tokenizer, tmp_path):
+    """Though the turns before the snapshot are gone from the disk."""
+    alone = Editor(AutoModelForCausalLM.from_pretrained(BUNDLED), tokenizer, anchors=20)
+    editor = Editor(model, tokenizer, anchors=20, keep=2, state_dir=tmp_path)
+    states = [state(editor)]
+    for turn in TURNS[:4]:
+        alone.apply([turn])
+        editor.apply([turn])
+        states.append(state(editor))
+    assert editor.oldest == 2 and len(editor.history()) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "000003.safetensors",
+        "000004.safetensors",
+        "lock",
+        "snapshot-000002.safetensors",
+        "snapshot-000004.safetensors",
+    ]
+    editor.close()
+    fresh = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    resumed = Editor(fresh, tokenizer, anchors=20, keep=2, state_dir=tmp_path)
+    assert resumed.version == 4 and same(states[4], resumed)
+    assert resumed.history() == editor.history()
+    for one in (alone, resumed):
+        one.apply([TURNS[4]])
+    assert resumed.digest() == alone.digest()
+    for name, shield in alone._anchors.keys.items():
+        assert torch.equal(shield, resumed._anchors.keys[name])
+    assert resumed._anchors.watch.sequences == alone._anchors.watch.sequences
+    assert torch.equal(resumed._anchors.watch.lead, alone._anchors.watch.lead)
+    with pytest.raises(ValueError, match="version 1 was let go, expected 0 or 2 to 5"):
+        resumed.rollback(1)
+    with pytest.raises(IndexError, match="older ones were let go"):
+        resumed.delta(2)
+    for version in (4, 3, 2, 0):
+        resumed.rollback(version)
+        assert same(states[version], resumed) and resumed.version == version
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"]
+    resumed.apply([TURNS[0]])
+    assert same(states[1], resumed)
+
+
+def test_a_turn_that_cannot_be_written_changes_nothing(model, tokenizer, tmp_path, monkeypatch):
+    editor = Editor(model, tokenizer, anchors=20, state_dir=tmp_path)
+    editor.apply([SYDNEY])
+    before, statistics = state(editor), dict(editor._statistics)
+    sequences = editor._anchors.watch.sequences
+
+    def full(_handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        for turn in (lambda: editor.apply([AUSTEN]), lambda: editor.apply_delta(editor.delta(1))):
+            with pytest.raises(OSError, match="No space left on device"):
+                turn()
+            assert same(before, editor) and editor.version == 1 and editor._statistics == statistics
+            assert editor._anchors.watch.sequences == sequences
+        with pytest.raises(OSError, match="No space left"):
+            editor.rollback(0)
+        assert same(before, editor) and editor.version == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001.safetensors", "lock"]
+    assert editor.apply([AUSTEN]).edits[0].succeeded and editor.version == 2
+
+
+def test_a_snapshot_that_cannot_be_written_is_made_up_for(
+    model, tokenizer, tmp_path, monkeypatch, caplog
+):
+    editor = Editor(model, tokenizer, anchors=0, keep=1, state_dir=tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ultraedit_kernels.journal.Journal.write_snapshot", full)
+        editor.apply([SYDNEY])
+    assert "no snapshot could be written, the next turn tries again: " in caplog.text
+    assert editor.version == 1 and editor.oldest == 0
+    editor.apply([AUSTEN])
+    assert (tmp_path / "snapshot-000002.safetensors").exists()
+
+
+def test_a_note_is_kept_in_the_record(model, tokenizer, tmp_path):
+    editor = Editor(model, tokenizer, anchors=0, state_dir=tmp_path)
+    steps = editor.steps([SYDNEY], note={"key": "ä", "requests": [1]})
+    phases = list(steps)
+    assert phases[-1] == "record"
+    editor.apply_delta(editor.delta(1), note={"key": "b"})
+    editor.close()
+    editor._set_weights(editor._pristine)
+    found = Editor(model, tokenizer, anchors=0, state_dir=tmp_path).history()
+    assert [record["note"]["key"] for record in found] == ["ä", "b"]

@@ -18,6 +18,7 @@ from ultraedit_kernels.capture import Captured, capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.operations import edit_values, solve, update_statistics
+from ultraedit_kernels.parallel import same
 from ultraedit_kernels.shield import shielded, solve_shielded
 from ultraedit_kernels.statistics import Statistics
 from ultraedit_kernels.watch import LEAST_LEAD, Repairs, Watch, weakest
@@ -168,7 +169,7 @@ def turn(
         # Solve, and write W anew from its start, so that a replay rounds once, as this does.
         for name, weight in weights.items():
             coeff, h = _solve(keys[name], values[name], settings.ridge, anchors.keys[name])
-            delta[name] = delta[name].append(coeff, h)
+            delta[name] = delta[name].append(same(weight, coeff), same(weight, h))
             delta[name].apply(weight.copy_(start[name]))
             yield "solve"
     held = holds[rows.item] & (rows.item < edits)

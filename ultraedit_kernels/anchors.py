@@ -62,6 +62,14 @@ class Anchors:
         )
         return cls(keys, outputs, Watch.empty(weights))
 
+    def like(self, weights: Mapping[str, Tensor]) -> Anchors:
+        """The same where the weights are, and with their precision."""
+        keys, outputs = (
+            {name: rows.to(weights[name].device) for name, rows in shields.items()}
+            for shields in (self.keys, self.outputs)
+        )
+        return Anchors(keys, outputs, Watch.empty(weights).join(self.watch))
+
     def hold(self, keys: Mapping[str, Tensor], ridge: float, limit: int) -> Anchors:
         """With further keys in the shields, module → [n, d_in]."""
         extended = {

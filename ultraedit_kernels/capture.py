@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultraedit_kernels.encoding import Sequence
+from ultraedit_kernels.parallel import shard_of
 
 LOSS_SCALE = 2.0**12
 """Gradients of a mean loss underflow in float16; they are scaled up for the backward pass, and back
@@ -61,7 +62,8 @@ def capture(
     Args:
         model: a Hugging Face causal language model. Left as found: no hooks, same flags.
         sequences: prompts and targets as token ids, mixed lengths, each with at least one token.
-        modules: dotted names of `nn.Linear` modules.
+        modules: dotted names of `nn.Linear` modules. If they are divided among ranks, all ranks
+            call this with the same arguments, and all get the same whole keys and gradients.
         backward: also compute the gradients.
         margin: logits by which the target token must lead, one number or one per sequence. It is
             taken from the target's logit before the cross entropy, which then pulls until the lead
@@ -110,6 +112,11 @@ def _capture(
             for name, g in zip(reader.outputs, torch.autograd.grad(loss, outputs), strict=True):
                 g = g[batch.answer]
                 grads[name] = g.float().div_(LOSS_SCALE) if half else g
+        for name in modules:
+            if (shard := shard_of(model.get_submodule(name))) is not None:
+                reader.keys[name] = shard.whole(reader.keys[name], 1)
+                if backward:
+                    grads[name] = shard.whole(grads[name], 0)
     logits = logits.detach()
     top = logits.topk(2, dim=-1)
     target = logits.gather(1, batch.labels[:, None]).squeeze(1)

@@ -58,7 +58,8 @@ def finite(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
-        low, high = torch.aminmax(tensor.detach())
+        tensor = tensor.detach()
+        low, high = torch.aminmax(tensor)
         if not (torch.isfinite(low) & torch.isfinite(high)):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ValueError(

@@ -24,6 +24,7 @@ from torch import Tensor
 from ultraedit_kernels import checks
 from ultraedit_kernels._version import __version__
 from ultraedit_kernels.operations import rank_k_update_
+from ultraedit_kernels.parallel import ShardedWeight, whole
 
 FORMAT = "ultraedit-delta"
 FORMAT_VERSION = "1"
@@ -54,7 +55,11 @@ class LowRank:
         return LowRank(self.coeff.cpu(), self.keys.cpu())
 
     def apply(self, weight: Tensor) -> None:
-        """W ← W + ΔW in place."""
+        """W ← W + ΔW in place; of a divided weight, this rank's part."""
+        if isinstance(weight, ShardedWeight):
+            shard = weight.shard
+            LowRank(shard.part(self.coeff, 0), shard.part(self.keys, 1)).apply(weight.local)
+            return
         rank_k_update_(weight, self.coeff.to(weight.device), self.keys.to(weight.device))
 
 
@@ -180,8 +185,9 @@ class EditDelta:
 
 
 def digest(weight: Tensor) -> str:
-    """SHA-256 of a weight's dtype, shape and bytes, hexadecimal."""
-    plain = weight.detach().cpu().contiguous()
+    """SHA-256 of a weight's dtype, shape and bytes, hexadecimal; of a divided weight, the whole's,
+    to be called on all ranks."""
+    plain = whole(weight).detach().cpu().contiguous()
     state = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
     state.update(plain.flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
-from ultraedit_kernels import checks
+from ultraedit_kernels import checks, guards
 from ultraedit_kernels.algorithm import Settings, Turn, turn
 from ultraedit_kernels.anchors import (
     HELD_WEIGHT,
@@ -25,13 +27,18 @@ from ultraedit_kernels.anchors import (
 from ultraedit_kernels.data import EditRequest, Prompt, check_turn
 from ultraedit_kernels.delta import EditDelta, digest, digest_all
 from ultraedit_kernels.encoding import Sequence, encode
-from ultraedit_kernels.journal import Entry, Journal
+from ultraedit_kernels.guards import GuardError
+from ultraedit_kernels.journal import Entry, Journal, Snapshot
+from ultraedit_kernels.parallel import ranks_of, together, weight_of, whole
 from ultraedit_kernels.presets import resolve_modules
 from ultraedit_kernels.statistics import Statistics, load_statistics, save_statistics
 from ultraedit_kernels.watch import Watch, weakest
 
 WATCHED_EDITS = 4096
 """Most edits and named prompts that are watched; the oldest are let go."""
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,14 @@ class TurnResult:
     watched: dict[str, int]
     """Earlier edits and other texts that the turn threatened: how many were checked, were broken,
     and were repaired."""
+    guards: dict[str, float]
+    """What the guards measured, the largest of all modules: "change", ‖W - W_start‖ / ‖W_start‖ of
+    the turn; "total_change", the same against the untouched weights; "lost", share of the untouched
+    model's own texts that it now continues otherwise."""
     delta: EditDelta = field(repr=False, compare=False)
     """The change of the turn, committed or not."""
+    rejected: str | None = None
+    """Of a turn that was not to be committed: why it would not have been."""
 
 
 class Editor:
@@ -79,12 +92,19 @@ class Editor:
         anchor_rows: rows that the anchors of a module are compressed to.
         statistics: "per-module", or "per-shape" as the published scores were made.
         append_eos: teach the model to stop after the target.
-        state_dir: directory of the versions; continued if it holds some. In memory if None.
+        state_dir: directory of the versions; continued if it holds some, with the anchors that it
+            holds. In memory if None. The editor keeps other processes out until `close`.
+        keep: newest versions in the state directory that can be returned to at least.
+        max_change: most that a turn may change a weight, as a share of its norm.
+        max_lost: most of the model's own texts, as a share, that a turn may make it continue
+            otherwise.
+        canaries: prompts whose answer no turn may change, see `guards.load_canaries`.
         seed: of the sampled anchors.
 
     Raises:
-        ValueError: unknown or unsuitable modules, bad settings, or a state directory of another
-            model.
+        ValueError: unknown or unsuitable modules, bad settings, or a state directory that is in
+            use, damaged, or of another model.
+        OSError: the state directory cannot be read or written.
     """
 
     def __init__(
@@ -105,19 +125,27 @@ class Editor:
         statistics: Literal["per-module", "per-shape"] = "per-module",
         append_eos: bool = True,
         state_dir: str | Path | None = None,
+        keep: int = 100,
+        max_change: float = guards.MAX_CHANGE,
+        max_lost: float = guards.MAX_LOST,
+        canaries: str | Path | Seq[Mapping[str, Any]] = (),
         seed: int = 0,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.modules = resolve_modules(model, self.model.config, modules)
         self.settings = Settings(lr, step, rounds, ridge, margin, repairs, batch_size)
-        _check_settings(self.settings, anchors, anchor_rows, statistics)
-        parameters = dict(model.named_parameters())
-        self.weights = {name: parameters[f"{name}.weight"].data for name in self.modules}
+        _check_settings(self.settings, anchors, anchor_rows, statistics, keep)
+        checks.positive("max_change", max_change)
+        checks.positive("max_lost", max_lost)
+        self._max_change, self._max_lost = max_change, max_lost
+        self._canaries = guards.load_canaries(canaries)
+        self.weights = {name: weight_of(model.get_submodule(name)) for name in self.modules}
         self._append_eos, self._seed = append_eos, seed
         self._anchor_texts, self._anchor_rows = anchors, anchor_rows
         self._own: Anchors | None = None
         self._anchors: Anchors | None = None
+        self._own_watched = 0  # of the anchors' watch, the first that many are own texts
         self._share = {
             name: name if statistics == "per-module" else "x".join(map(str, weight.shape))
             for name, weight in self.weights.items()
@@ -131,38 +159,52 @@ class Editor:
             name: weight.to("cpu", copy=True) for name, weight in self.weights.items()
         }
         self._base = {name: digest(weight) for name, weight in self.weights.items()}
-        self._journal = Journal(state_dir)
+        with self._in_turn():  # the first rank writes, the others read
+            ranks = ranks_of(model)
+            writes = ranks is None or ranks.rank == 0
+            self._journal = Journal(state_dir, self._base, keep, writes)
         self.rollback(len(self._journal))
+
+    def close(self) -> None:
+        """Leave the state directory to others. The model stays as it is."""
+        self._journal.close()
 
     @property
     def version(self) -> int:
         """Committed turns; 0 is the untouched model."""
         return len(self._journal)
 
+    @property
+    def oldest(self) -> int:
+        """The oldest version that `rollback` reaches, besides 0."""
+        return self._journal.oldest
+
     def apply(self, requests: Seq[EditRequest], commit: bool = True) -> TurnResult:
         """Make one turn of edits. With `commit=False` nothing stays changed.
 
         Raises:
             ValueError: no edits, two targets for one prompt, a prompt that is too long, or values
-                that are not finite. The weights are then as before.
+                that are not finite; as GuardError, a turn that a guard rejects.
+            OSError: the version could not be written.
+            In all cases the weights are as before.
         """
-        steps = self.steps(requests, commit)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                return done.value
+        return _finish(self.steps(requests, commit))
 
     def check(self, requests: Seq[EditRequest]) -> None:
         """Raise the ValueError that `apply` would raise for these requests, before any work."""
         self._encode(requests)
 
     def steps(
-        self, requests: Seq[EditRequest], commit: bool = True
+        self,
+        requests: Seq[EditRequest],
+        commit: bool = True,
+        note: dict[str, Any] | None = None,
     ) -> Generator[str, None, TurnResult]:
         """As `apply`, as a generator that yields after every short slice of work.
 
-        Closing it, or an error, leaves the weights as they were.
+        After it has yielded "record" it uses nothing of the model but the edited weights. A note,
+        JSON-able, is kept in the version's record. Closing it, or an error, leaves the weights as
+        they were.
         """
         begun = time.perf_counter()
         clock = {"capture": 0.0, "solve": 0.0}
@@ -191,16 +233,24 @@ class Editor:
                     break
                 clock[phase] += time.perf_counter() - slice_begun
                 yield phase
-            outcomes = _outcomes(requests, result)
+            outcomes, measured, rejected = _outcomes(requests, result), {}, None
+            watch = named.join(result.watch)
+            try:
+                guards.check_finite(**_numbers(result.statistics, result.held, watch))
+                measured = yield from self._guard(start)
+            except GuardError as error:
+                if commit:
+                    raise
+                rejected = error.reason
+            if commit:
+                yield "record"
             commit_begun = time.perf_counter()
             # Versions are kept on the CPU: the accelerator's memory is the model's.
             factors = {name: factor.cpu() for name, factor in result.delta.items()}
             delta = EditDelta(factors, dict(self._base), asdict(self.settings))
             if commit:
-                checks.finite(**{f"edited {n}": w for n, w in self.weights.items()})
-                watch = named.join(result.watch)
                 entry = Entry(delta, result.statistics, result.held, watch, result.released, {})
-                self._commit("edit", entry, outcomes)
+                self._commit("edit", entry, outcomes, measured, note)
                 committed = True
         finally:
             if not committed:
@@ -217,7 +267,7 @@ class Editor:
             "broken": result.broken,
             "repaired": result.repaired,
         }
-        return TurnResult(self.version, outcomes, timings, watched, delta)
+        return TurnResult(self.version, outcomes, timings, watched, measured, delta, rejected)
 
     def rollback(self, version: int) -> None:
         """Return to a version bit for bit: from the pristine weights, by replay.
@@ -225,7 +275,9 @@ class Editor:
         Later versions are forgotten.
 
         Raises:
-            ValueError: no such version, or one that cannot be replayed; nothing is changed.
+            ValueError: no such version, one that was let go, or one that cannot be replayed.
+            OSError: the versions could not be read or written.
+            In all cases nothing is changed.
         """
         if isinstance(version, bool) or not isinstance(version, int):
             raise TypeError(f"version is a {type(version).__name__}, expected a whole number")
@@ -234,10 +286,16 @@ class Editor:
                 f"version {version} does not exist, expected 0 to {self.version}; 0 is the "
                 "untouched model"
             )
+        if 0 < version < self.oldest:
+            raise ValueError(
+                f"version {version} was let go, expected 0 or {self.oldest} to {self.version}; "
+                "the setting keep says how many are kept at least"
+            )
         start = {name: weight.clone() for name, weight in self.weights.items()}
         try:
             statistics = self._replay(version)
-            self._journal.truncate(version)
+            with self._in_turn():
+                self._journal.truncate(version)
         except BaseException:
             self._set_weights(start)
             raise
@@ -249,15 +307,21 @@ class Editor:
 
     def _replay(self, version: int) -> dict[str, Statistics]:
         """Write the weights of a version; its statistics."""
-        statistics = self._first_statistics
-        self._set_weights(self._pristine)
-        for number in range(1, version + 1):
+        first, statistics = self._journal.start(version), self._first_statistics
+        if first:
+            snapshot = self._journal.snapshot(first)
+            self._set_weights(snapshot.weights)
+            statistics = snapshot.statistics
+        else:
+            self._set_weights(self._pristine)
+        for number in range(first + 1, version + 1):
             entry = self._journal.entry(number)
             self._check_base(entry.delta)
             for name, factor in entry.delta.factors.items():
                 factor.apply(self.weights[name])
             statistics = entry.statistics
-        if version and (got := self.digest()) != (was := entry.record["digest"]):
+        records = self._journal.records
+        if version and (got := self.digest()) != (was := records[version - 1]["digest"]):
             raise ValueError(
                 f"replay of version {version} gives weights with digest {got}, expected {was}; "
                 "the versions were made by another library version, backend or device"
@@ -268,21 +332,35 @@ class Editor:
         """The change that made `version` out of the version before it."""
         return self._journal.entry(version).delta
 
-    def apply_delta(self, delta: EditDelta) -> TurnResult:
+    def apply_delta(self, delta: EditDelta, note: dict[str, Any] | None = None) -> TurnResult:
         """Apply a change that was computed elsewhere, as one turn. The statistics stay.
 
         Raises:
-            ValueError: a delta of another model or of other modules; nothing is changed.
+            ValueError: a delta of another model or of other modules; as GuardError, one that is
+                too large, or that a guard rejects.
+            OSError: the version could not be written.
+            In all cases nothing is changed.
         """
+        return _finish(self.delta_steps(delta, note))
+
+    def delta_steps(
+        self, delta: EditDelta, note: dict[str, Any] | None = None
+    ) -> Generator[str, None, TurnResult]:
+        """As `apply_delta`, as a generator like `steps`."""
         begun = time.perf_counter()
         self._check_base(delta)
-        start = {name: self.weights[name].clone() for name in delta.factors}
+        guards.check_delta(delta, self.weights)
+        self.prepare()
+        start = {name: weight.clone() for name, weight in self.weights.items()}
         try:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
-            checks.finite(**{f"edited {n}": self.weights[n] for n in delta.factors})
+                yield "solve"
+            measured = yield from self._guard(start)
+            yield "record"
             none = Watch.empty(self.weights)
-            self._commit("delta", Entry(delta, self._statistics, {}, none, [], {}), ())
+            entry = Entry(delta, self._statistics, {}, none, [], {})
+            self._commit("delta", entry, (), measured, note)
         except BaseException:
             self._set_weights(start)
             raise
@@ -290,11 +368,15 @@ class Editor:
         timings = dict.fromkeys(("capture_ms", "solve_ms"), 0.0)
         timings |= {"commit_ms": took, "total_ms": took}
         watched = {"checked": 0, "broken": 0, "repaired": 0}
-        return TurnResult(self.version, (), timings, watched, delta)
+        return TurnResult(self.version, (), timings, watched, measured, delta)
 
     def history(self) -> list[dict[str, Any]]:
         """One JSON-able record per version, oldest first."""
         return self._journal.records
+
+    def is_pristine(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether weights, module → W [d_out, d_in], are the untouched ones."""
+        return all([digest(weight) == self._base[name] for name, weight in weights.items()])
 
     def digest(self) -> str:
         """SHA-256 over the edited weights, hexadecimal."""
@@ -350,19 +432,28 @@ class Editor:
         """Gather the anchors now, rather than in the first turn.
 
         They are texts that the untouched model writes, and the edits of all versions that held, so
-        that a resumed stream has the same ones.
+        that a resumed stream has the same ones. Canaries that do not hold now are warned about.
         """
         if self._own is None:
             now = {name: weight.clone() for name, weight in self.weights.items()}
             try:
                 self._set_weights(self._pristine)
+                guards.note_references(self.model, self.tokenizer, self._canaries)
                 self._own = self._own_anchors()
             finally:
                 self._set_weights(now)
+            try:
+                _finish(self._check_canaries())
+            except GuardError as error:
+                logger.warning("at version %d already, %s", self.version, error.reason)
         if self._anchors is None:
-            self._anchors = self._own
-            for version in range(1, self.version + 1):
-                self._hold(self._journal.entry(version))
+            anchors, self._own_watched = self._own, len(self._own.watch)
+            first = self._journal.start(self.version)
+            if first and self._anchor_texts and (kept := self._journal.snapshot(first)).own:
+                anchors, self._own_watched = kept.anchors.like(self.weights), kept.own
+            for version in range(first + 1, self.version + 1):
+                anchors = self._held(anchors, self._journal.entry(version))
+            self._anchors = anchors
 
     def _own_anchors(self) -> Anchors:
         if not self._anchor_texts:
@@ -370,17 +461,35 @@ class Editor:
         texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
         return own_anchors(self.model, texts, self.weights, self.settings.ridge, self._anchor_rows)
 
-    def _hold(self, entry: Entry) -> None:
-        """Make anchors of what a version added. With no anchors at all wanted, of none."""
-        assert self._anchors is not None and self._own is not None
-        anchors = self._anchors
-        if self._anchor_texts:
-            weighted = {name: HELD_WEIGHT * keys.double() for name, keys in entry.held.items()}
-            anchors = anchors.hold(weighted, self.settings.ridge, self._anchor_rows)
-            watch = anchors.watch.join(entry.watch).without(entry.released)
-            surplus = range(len(self._own.watch), len(watch) - WATCHED_EDITS)
-            anchors = replace(anchors, watch=watch.without(surplus))
-        self._anchors = anchors
+    def _held(self, anchors: Anchors, entry: Entry) -> Anchors:
+        """With what a version added. With no anchors at all wanted, none."""
+        if not self._anchor_texts:
+            return anchors
+        weighted = {name: HELD_WEIGHT * keys.double() for name, keys in entry.held.items()}
+        anchors = anchors.hold(weighted, self.settings.ridge, self._anchor_rows)
+        watch = anchors.watch.join(entry.watch).without(entry.released)
+        surplus = range(self._own_watched, len(watch) - WATCHED_EDITS)
+        return replace(anchors, watch=watch.without(surplus))
+
+    def _guard(self, start: Mapping[str, Tensor]) -> Generator[str, None, dict[str, float]]:
+        """What the guards measure of the turn that led here; raises GuardError."""
+        assert self._own is not None
+        change = total = 0.0
+        for name, weight in self.weights.items():
+            guards.check_finite(**{f"edited {name}": weight})
+            change = max(change, guards.check_change(name, weight, start[name], self._max_change))
+            total = max(total, guards.relative_change(weight, self._pristine[name]))
+            yield "guard"
+        texts = self._own.watch.sequences[: guards.OWN_TEXTS]
+        size = self.settings.batch_size
+        lost = yield from guards.share_lost(self.model, texts, self.modules, size)
+        before = self._journal.records[-1]["guards"]["lost"] if self.version else 0.0
+        guards.check_lost(lost, before, self._max_lost)
+        yield from self._check_canaries()
+        return {"change": change, "total_change": total, "lost": lost}
+
+    def _check_canaries(self) -> Generator[str, None, None]:
+        return guards.check_canaries(self.model, self.tokenizer, self.modules, self._canaries)
 
     def _anchoring(self, requests: Seq[EditRequest]) -> Generator[str, None, tuple[Anchors, Watch]]:
         """All anchors, and those of them that are new: the prompts that the operator names.
@@ -407,20 +516,52 @@ class Editor:
         for name, value in values.items():
             self.weights[name].copy_(value)
 
-    def _commit(self, kind: str, entry: Entry, outcomes: Seq[EditOutcome]) -> None:
+    def _commit(
+        self,
+        kind: str,
+        entry: Entry,
+        outcomes: Seq[EditOutcome],
+        measured: dict[str, float],
+        note: dict[str, Any] | None,
+    ) -> None:
+        """Make the next version of the weights as they are. It exists once the journal has it, and
+        nothing that comes after that may fail."""
+        assert self._anchors is not None
         record = {
             "version": self.version + 1,
             "kind": kind,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "digest": self.digest(),
             "edits": [asdict(outcome) for outcome in outcomes],
+            "guards": measured,
         }
-        self._journal.append(replace(entry.cpu(), record=record))
-        self._statistics = dict(entry.statistics)
-        if self._anchors is not None:
-            self._hold(entry)
+        if note is not None:
+            record["note"] = note
+        anchors = self._held(self._anchors, entry)
+        kept = replace(entry.cpu(), record=record)
+        with self._in_turn():
+            self._journal.append(kept)
+        self._statistics, self._anchors = dict(entry.statistics), anchors
+        if self._journal.snapshot_due:
+            try:
+                with together(self.model):
+                    self._snapshot(anchors)
+            except Exception as error:  # the turns are still there, so nothing is lost
+                logger.warning("no snapshot could be written, the next turn tries again: %s", error)
+
+    def _snapshot(self, anchors: Anchors) -> None:
+        weights = {name: whole(weight).cpu() for name, weight in self.weights.items()}
+        snapshot = Snapshot(weights, self._statistics, anchors, self._own_watched)
+        with self._in_turn():
+            self._journal.write_snapshot(snapshot)
+
+    def _in_turn(self) -> AbstractContextManager[None]:
+        """The first rank goes through the block before the others do."""
+        ranks = ranks_of(self.model)
+        return nullcontext() if ranks is None else ranks.in_turn()
 
     def _check_base(self, delta: EditDelta) -> None:
+        checks.tensor_names(delta.factors, delta.base, "modules of the delta")
         for name, base in delta.base.items():
             if name not in self._base:
                 raise ValueError(
@@ -448,7 +589,30 @@ def _outcomes(requests: Seq[EditRequest], result: Turn) -> tuple[EditOutcome, ..
     )
 
 
-def _check_settings(settings: Settings, anchors: int, rows: int, statistics: str) -> None:
+def _numbers(
+    statistics: Mapping[str, Statistics], held: Mapping[str, Tensor], watch: Watch
+) -> dict[str, Tensor]:
+    """All that a turn leaves behind besides the weights, by what it is."""
+    return {
+        **{f"mean of {name}": stats.mean for name, stats in statistics.items()},
+        **{f"M2 of {name}": stats.m2 for name, stats in statistics.items()},
+        **{f"keys of {name}": keys for name, keys in held.items()},
+        **{f"slopes of {name}": slopes for name, slopes in watch.slopes.items()},
+    }
+
+
+def _finish(work: Generator[Any, None, T]) -> T:
+    """What a generator returns in the end."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value
+
+
+def _check_settings(
+    settings: Settings, anchors: int, rows: int, statistics: str, keep: int
+) -> None:
     if settings.lr != "auto":
         checks.positive("lr", settings.lr)
     checks.positive("step", settings.step)
@@ -459,6 +623,7 @@ def _check_settings(settings: Settings, anchors: int, rows: int, statistics: str
         ("repairs", settings.repairs, 0),
         ("anchors", anchors, 0),
         ("anchor_rows", rows, 1),
+        ("keep", keep, 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")

@@ -1,4 +1,4 @@
-"""The /v1/edits routes, on the model's own server and under its API key.
+"""The /v1/edits routes, on the model's own server and under its keys.
 
 Loaded by vLLM as the endpoint plugin `ultraedit` where VLLM_PLUGINS names it. The work is done by
 `EditService` and, next to the weights, by `UltraEditWorker`.
@@ -6,26 +6,38 @@ Loaded by vLLM as the endpoint plugin `ultraedit` where VLLM_PLUGINS names it. T
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
+import uuid
 from argparse import Namespace
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+from vllm import envs
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMError
 from vllm.logger import init_logger
 
+from ultraedit_kernels.integrations.vllm import keys, metrics
+from ultraedit_kernels.integrations.vllm.audit import Audit
 from ultraedit_kernels.integrations.vllm.protocol import (
+    ERRORS,
     EXPECTED,
     MAX_VERSION,
     EditError,
     EditsAnswer,
     EditsBody,
     ErrorBody,
+    Health,
     Page,
     RollbackBody,
     VersionAnswer,
@@ -33,10 +45,12 @@ from ultraedit_kernels.integrations.vllm.protocol import (
     error_response,
 )
 from ultraedit_kernels.integrations.vllm.service import EditService
+from ultraedit_kernels.integrations.vllm.settings import RouteSettings, edit_keys, require_key
 
 logger = init_logger("vllm.ultraedit")
 
 OCTETS = "application/octet-stream"
+MIB = 2**20
 
 
 class UltraEditEndpoint:
@@ -47,48 +61,133 @@ class UltraEditEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         app.include_router(router)
+        self._app = app
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
         """Start the worker's side. Raises, so that the server does not start, if it refuses."""
         assert engine_client is not None  # only the render server, which lacks the task, has none
+        section = engine_client.vllm_config.additional_config.get("ultraedit", {})
+        settings = RouteSettings.take(section)  # the worker would not know them
+        api_keys = [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
+        own_keys = edit_keys(os.environ)
+        require_key(own_keys or api_keys, settings.without_key)
+        # Around all of vLLM's; `add_middleware` is refused, since vLLM has built the stack already.
+        inner = self._app.middleware_stack or self._app.build_middleware_stack()
+        self._app.middleware_stack = keys.EditKeys(inner, own_keys, api_keys)
+        state.ultraedit_settings = settings
+        state.ultraedit_audit = Audit(section.get("state_dir"), settings.audit_prompts)
+
         service = EditService(engine_client, args.chat_template)
         await service.start()
         state.ultraedit = service
+        metrics.serving((await service.status(False))[0]["version"])
 
 
 class _Route(APIRoute):
     """Every error in OpenAI's shape, and a body that does not validate is a 400."""
 
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] in self.methods:
+            return await super().handle(scope, receive, send)
+        await _wrong_method(scope["method"], self.path)(scope, receive, send)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
+        async def answer(request: Request) -> Response:
+            if keys.SCOPE not in request.scope:  # the middleware read another path than the router
+                raise EditError(401, "no key was checked for this path; write it in plain letters")
+            settings: RouteSettings = request.app.state.ultraedit_settings
+            delta = self.path == f"{keys.PREFIX}/apply"
+            await _read(request, settings.max_delta_mib if delta else settings.max_body_mib)
+            return await handle(request)
+
         async def handle_errors(request: Request) -> Response:
+            name = request.headers.get("X-Request-Id", "")
+            request.state.id = name if re.fullmatch(r"[!-~]{1,128}", name) else uuid.uuid4().hex
             try:
-                return await handle(request)
-            except RequestValidationError as error:
-                return error_response(400, *describe(error.errors()))
-            except HTTPException as error:
-                # FastAPI's word for a body that is no text, or nested too deeply to be read.
-                message = f"{error.detail}, expected {EXPECTED['body']}"
-                return error_response(error.status_code, message)
-            except EditError as error:
-                return error_response(error.status, str(error), error.param)
+                response = await answer(request)
             except VLLMError:
+                metrics.failed("engine")
                 raise  # vLLM has its own handler, which also stops a server without an engine
             except Exception as error:
-                logger.exception("UltraEdit: %s %s failed", request.method, request.url.path)
-                return error_response(500, f"{error}; the server's log has more")
+                status, message, param = _explain(error, request)
+                metrics.failed(error.reason if isinstance(error, EditError) else ERRORS[status][1])
+                response = error_response(status, message, param)
+            response.headers["X-Request-Id"] = request.state.id
+            return response
 
         return handle_errors
 
 
+async def _read(request: Request, mib: int) -> None:
+    """Read the body. Raises EditError 413 as soon as it is known to be larger than `mib` MiB."""
+    size, body = request.headers.get("Content-Length", ""), bytearray()
+    too_large = size.isdecimal() and int(size) > mib * MIB
+    if not too_large:
+        async for part in request.stream():
+            body += part
+            if too_large := len(body) > mib * MIB:
+                break
+    if too_large:
+        raise EditError(413, f"the body is larger than {mib} MiB; send it in parts")
+    request._body = bytes(body)  # where FastAPI finds it
+
+
+def _check_size(body: EditsBody, settings: RouteSettings) -> None:
+    if len(body.edits) > settings.max_edits:
+        raise EditError(
+            400,
+            f"edits is a list of {len(body.edits)}, expected at most {settings.max_edits}; send "
+            "the others in another request",
+            "edits",
+        )
+    for i, edit in enumerate(body.edits):
+        count = 1 + len(edit.rephrases) + len(edit.locality)
+        if count > settings.max_prompts:
+            raise EditError(
+                400,
+                f"edits[{i}] has {count} prompts with its rephrases and locality prompts, expected "
+                f"at most {settings.max_prompts}; leave some out",
+                f"edits[{i}]",
+            )
+
+
+def _explain(error: Exception, request: Request) -> tuple[int, str, str | None]:
+    """Status, message and param of an error's answer."""
+    match error:
+        case RequestValidationError():
+            return 400, *describe(error.errors())
+        case EditError():
+            return error.status, str(error), error.param
+        case HTTPException():  # FastAPI's word for a body that is no text, or nested too deeply
+            return 400, f"{error.detail}, expected {EXPECTED['body']}", None
+        case ClientDisconnect():
+            return 400, "the client went away before it had sent the body", None
+    logger.exception("UltraEdit: %s %s failed", request.method, request.url.path)
+    return 500, f"{error}; the server's log has more", None
+
+
+def _wrong_method(method: str, path: str) -> Response:
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    allowed = sorted(
+        {m for r in routes if r.path == path and r.include_in_schema for m in r.methods}
+    )
+    expected = " or ".join(allowed)
+    response = error_response(405, f"the method is {method}, expected {expected} for {path}")
+    response.headers["Allow"] = ", ".join(allowed)
+    return response
+
+
 router = APIRouter(
-    prefix="/v1/edits",
+    prefix=keys.PREFIX,
     tags=["edits"],
     route_class=_Route,
-    responses={code: {"model": ErrorBody} for code in (400, 404, 409, 500, 503)},
+    responses={
+        code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
+    },
 )
 Version = Annotated[int, Path(ge=0, le=MAX_VERSION)]
 
@@ -97,10 +196,59 @@ def _service(request: Request) -> EditService:
     return request.app.state.ultraedit
 
 
+async def _record(service: EditService, version: int) -> dict[str, Any] | None:
+    """The journal's entry of a version."""
+    found = (await service.history(1, version + 1))["entries"]
+    return found[0] if found and found[0]["version"] == version else None
+
+
+async def _change(
+    request: Request, kind: str, asked: dict[str, Any], work: Coroutine[Any, Any, dict[str, Any]]
+) -> dict[str, Any]:
+    """Do the work, count it and write its audit line, even if the client goes away meanwhile."""
+    audit: Audit = request.app.state.ultraedit_audit
+    service = _service(request)
+    who = {"kind": kind, "key": request.scope[keys.SCOPE], "request_id": request.state.id}
+
+    async def recorded() -> dict[str, Any]:
+        try:
+            with metrics.queued():
+                answer = await work
+        except Exception as error:
+            status = error.status if isinstance(error, EditError) else 500
+            outcome = "refused" if status < 500 else "failed"
+            metrics.changed(kind, outcome)
+            await audit.write(outcome, who | {"status": status, "error": str(error)} | asked)
+            raise
+        if answer.get("again"):  # the answer of an earlier request with its idempotency key
+            metrics.changed(kind, "repeated")
+            return answer
+        if asked.get("dry_run"):
+            metrics.changed(kind, "dry_run", answer)
+            return answer
+        metrics.changed(kind, "committed", answer)
+        version = answer["version"]
+        result = {"version": version, "digest": answer.get("digest")}
+        if "edits" in answer:
+            result["succeeded"] = sum(edit["succeeded"] for edit in answer["edits"])
+            try:
+                record = await _record(service, version)
+                result["digest"] = record and record["digest"]
+            except Exception:  # the edits are made, whatever their audit line lacks
+                logger.exception("UltraEdit: the record of version %d was not read", version)
+        await audit.write("committed", who | result | asked)
+        return answer
+
+    return await service.run(recorded())
+
+
 @router.post("", response_model=EditsAnswer)
 async def create(body: EditsBody, request: Request) -> dict[str, Any]:
     """Edit facts: one turn."""
-    return await _service(request).edit_once(body)
+    state = request.app.state
+    _check_size(body, state.ultraedit_settings)
+    asked = {"dry_run": body.dry_run} | state.ultraedit_audit.edits(body)
+    return await _change(request, "edit", asked, state.ultraedit.edit_once(body))
 
 
 @router.get("", response_model=Page)
@@ -135,25 +283,46 @@ async def apply(request: Request) -> dict[str, Any]:
             f"the body is {'a form' if form else 'empty'}, expected a delta file and nothing else; "
             "send it as curl does with --data-binary @FILE",
         )
-    return await service.run(service.apply(data))
+    asked = {"delta_sha256": hashlib.sha256(data).hexdigest()}
+    return await _change(request, "apply", asked, service.apply(data))
 
 
 @router.post("/rollback", response_model=VersionAnswer)
 async def rollback(body: RollbackBody, request: Request) -> dict[str, Any]:
     """Go back to an earlier version; 0 is the untouched model."""
     service = _service(request)
-    return await service.run(service.rollback(body.version))
+    return await _change(request, "rollback", {"to": body.version}, service.rollback(body.version))
+
+
+@router.get("/health", response_model=Health, responses={503: {"model": Health}})
+async def health(request: Request, digest: bool = False) -> Response:
+    """What every rank serves; 503 if they do not serve the same, which is the journal's version.
+
+    Without `digest` only versions are compared; with it the weights are read, between two steps.
+    """
+    service = _service(request)
+    ranks = await service.status(digest)
+    record = await _record(service, ranks[0]["version"]) if digest else None
+    found = Health.of(ranks, record and record["digest"])
+    return JSONResponse(found.model_dump(), 200 if found.status == "ok" else 503)
+
+
+@router.get("/apply", include_in_schema=False)
+@router.get("/rollback", include_in_schema=False)
+async def not_to_be_read(request: Request) -> Response:
+    """These are no versions, as which `GET /{version}` would take them."""
+    return _wrong_method("GET", request.url.path)
 
 
 @router.get("/{version}")
 async def entry(version: Version, request: Request) -> dict[str, Any]:
     """The journal's entry of one version."""
-    found = (await _service(request).history(1, version + 1))["entries"]
-    if not found or found[0]["version"] != version:
+    found = await _record(_service(request), version)
+    if found is None:
         raise EditError(
             404, f"version {version} is not in the journal; GET /v1/edits lists it", "version"
         )
-    return found[0]
+    return found
 
 
 @router.get(

@@ -19,13 +19,22 @@ from pydantic import (
 
 MAX_VERSION = 2**31 - 1
 
-ERROR_TYPES = {
-    400: "BadRequestError",
-    404: "NotFoundError",
-    409: "ConflictError",
-    500: "InternalServerError",
-    503: "ServiceUnavailableError",
+ERRORS = {
+    400: ("BadRequestError", "invalid"),
+    401: ("AuthenticationError", "unauthorized"),
+    403: ("PermissionDeniedError", "unauthorized"),
+    404: ("NotFoundError", "not_found"),
+    405: ("MethodNotAllowedError", "invalid"),
+    409: ("ConflictError", "conflict"),
+    413: ("RequestTooLargeError", "too_large"),
+    422: ("UnprocessableEntityError", "rejected"),
+    429: ("RateLimitError", "queue_full"),
+    500: ("InternalServerError", "internal"),
+    503: ("ServiceUnavailableError", "unavailable"),
 }
+"""Type of an error, as OpenAI calls it, and its reason in metrics and audit lines, by status."""
+RETRY_SECONDS = {429: 5, 503: 5}
+"""`Retry-After` of the errors that pass."""
 
 EXPECTED = {
     "body": 'a JSON object, sent with "Content-Type: application/json"',
@@ -44,6 +53,7 @@ EXPECTED = {
     "idempotency_key": "a text of 1 to 255 characters",
     "version": "a whole number, 0 for the untouched model",
     "limit": "a whole number from 1 to 100",
+    "digest": "true or false",
     "before": "a whole number above 0: list versions below it",
 }
 
@@ -55,6 +65,11 @@ class EditError(Exception):
         super().__init__(message)
         self.status = status
         self.param = param
+
+    @property
+    def reason(self) -> str:
+        """A word for metrics and audit lines."""
+        return ERRORS.get(self.status, ("", "other"))[1]
 
 
 class Body(BaseModel):
@@ -169,6 +184,8 @@ class EditsAnswer(BaseModel):
     edits: list[Answer]
     specificity: Specificity
     timings: Timings
+    rejected: str | None = None
+    """Of a dry run: why a guard would reject the turn."""
 
 
 class CommitTimings(BaseModel):
@@ -185,6 +202,37 @@ class VersionAnswer(BaseModel):
     timings: CommitTimings
 
 
+class Rank(BaseModel):
+    rank: int
+    version: int
+    digest: str | None
+    """SHA-256 of the edited weights; null where it was not asked for."""
+
+
+class Health(BaseModel):
+    status: Literal["ok", "diverged"]
+    version: int
+    turn: bool
+    """Whether a change is under way."""
+    ranks: list[Rank]
+
+    @classmethod
+    def of(cls, ranks: Sequence[Mapping[str, Any]], recorded: str | None) -> Health:
+        """Of the ranks' answers, and the digest that the journal has for the first one's version,
+        if it is to be compared."""
+        digests = {rank["digest"] for rank in ranks} | ({recorded} if recorded else set())
+        same = len({rank["version"] for rank in ranks}) == 1 and len(digests) == 1
+        return cls(
+            status="ok" if same else "diverged",
+            version=ranks[0]["version"],
+            turn=ranks[0]["turn"],
+            ranks=[
+                Rank(rank=i, version=rank["version"], digest=rank["digest"])
+                for i, rank in enumerate(ranks)
+            ],
+        )
+
+
 class Page(BaseModel):
     object: Literal["list"]
     data: list[dict[str, Any]]
@@ -193,9 +241,10 @@ class Page(BaseModel):
 
 def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
     """An error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
-    kind = ERROR_TYPES.get(status, "Error")
+    kind, _ = ERRORS.get(status, ("Error", ""))
     error = {"message": message, "type": kind, "param": param, "code": status}
-    return JSONResponse({"error": error}, status_code=status)
+    headers = {"Retry-After": str(RETRY_SECONDS[status])} if status in RETRY_SECONDS else None
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:

@@ -12,6 +12,13 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from ultraedit_kernels.integrations.vllm.settings import (
+    KEYS_VARIABLE,
+    RouteSettings,
+    edit_keys,
+    require_key,
+)
+
 WORKER_EXTENSION = "ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
 PLUGIN = "ultraedit"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
@@ -61,7 +68,17 @@ def server_command(
             f"extension {WORKER_EXTENSION} and vLLM takes only one; leave the option out, or make "
             "your class a subclass of ours and start vLLM directly"
         )
-    _check_elsewhere(theirs, ours.config)
+    options = _check_elsewhere(theirs, ours.config)
+    config = _additional_config(ours)
+    environment = dict(environ)
+    if ours.edit_api_key is not None:
+        environment[KEYS_VARIABLE] = ",".join(_keys(ours.edit_api_key))
+    keys = edit_keys(environment) or environment.get("VLLM_API_KEY")
+    asked = any(re.match(r"--api[-_]key(=|$)", a) for a in theirs) or "api-key" in options
+    try:
+        require_key(["--api-key"] if keys or asked else [], bool(config[PLUGIN].get("without_key")))
+    except ValueError as error:
+        raise ServeError(str(error)) from error
     distribution, version = _vllm()
     model = _model(ours.model)
 
@@ -70,11 +87,10 @@ def server_command(
     else:  # `vllm serve` asks for the version of a distribution called "vllm"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--worker-extension-cls", WORKER_EXTENSION]
-    command += ["--additional-config", json.dumps(_additional_config(ours))]
+    command += ["--additional-config", json.dumps(config)]
     if ours.config is not None:
         command += ["--config", ours.config]
 
-    environment = dict(environ)
     environment["VLLM_PLUGINS"] = _plugins(environ.get("VLLM_PLUGINS"))
     if "cpu" in f"{distribution} {version}":
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -128,6 +144,51 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="most earlier edits and sampled texts that a turn checks at a time and repairs",
     )
+    parser.add_argument(
+        "--edit-canaries",
+        type=Path,
+        metavar="FILE",
+        help='JSON list of {"prompt", "answer"} or {"prompt", "max_kl"} that no edit may break',
+    )
+    parser.add_argument(
+        "--edit-slice-ms",
+        type=_milliseconds,
+        metavar="MS",
+        help="how long the engine may be kept from stepping at a time while a turn is prepared "
+        "(default: 4)",
+    )
+    parser.add_argument(
+        "--edit-api-key",
+        nargs="+",
+        metavar="KEY",
+        help="only these keys may use /v1/edits, and nothing else, whereas --api-key may not edit "
+        f"(default: ${KEYS_VARIABLE}, separated by commas; without one, --api-key may edit)",
+    )
+    parser.add_argument(
+        "--edit-without-key",
+        action="store_true",
+        help="serve although there is no key at all, so that everybody who reaches the port can "
+        "change the model",
+    )
+    parser.add_argument(
+        "--edit-without-audit-prompts",
+        action="store_true",
+        help="keep prompts and targets out of the audit lines",
+    )
+    defaults = RouteSettings()
+    for option, default, what in (
+        ("body-mib", defaults.max_body_mib, "most MiB of a JSON body"),
+        ("delta-mib", defaults.max_delta_mib, "most MiB of a delta file"),
+        ("edits", defaults.max_edits, "most edits in one request"),
+        ("prompts", defaults.max_prompts, "most prompts of one edit, with rephrases and locality"),
+        ("queue", 64, "most changes that wait; further ones get 429"),
+    ):
+        parser.add_argument(
+            f"--edit-max-{option}",
+            type=_whole_number(1),
+            metavar="N",
+            help=f"{what} (default: {default})",
+        )
     # vLLM's, taken out because ours has to be merged with them or excludes them.
     hidden = argparse.SUPPRESS
     parser.add_argument("--additional-config", "--additional_config", help=hidden)
@@ -148,6 +209,16 @@ def _lr(text: str) -> str | float:
     return value
 
 
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+    return value
+
+
 def _whole_number(least: int) -> Any:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -157,27 +228,42 @@ def _whole_number(least: int) -> Any:
     return parse
 
 
-def _check_elsewhere(theirs: list[str], config_file: str | None) -> None:
-    """Refuse the two options in forms that would silently replace ours."""
+def _check_elsewhere(theirs: list[str], config_file: str | None) -> set[str]:
+    """Refuse the two options in forms that would silently replace ours.
+
+    Returns: names of the options that the configuration file sets, with dashes.
+    """
     if any(re.match(r"--additional[-_]config\.", a) for a in theirs):
         raise ServeError(
             "--additional-config is given in its dotted form, which replaces the settings of the "
             "editor; give it once as JSON, e.g. --additional-config '{\"key\": 1}'"
         )
     if config_file is None:
-        return
+        return set()
     import yaml
 
     try:
         options = yaml.safe_load(Path(config_file).read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ServeError(f"--config {config_file} cannot be read: {error}") from error
-    for name in options if isinstance(options, dict) else ():
-        if str(name).replace("_", "-") in ("additional-config", "worker-extension-cls"):
+    names = [str(name) for name in options] if isinstance(options, dict) else []
+    for name in names:
+        if name.replace("_", "-") in ("additional-config", "worker-extension-cls"):
             raise ServeError(
                 f"{config_file} sets {name}, which the settings of the editor would replace; "
                 f"{'leave it out' if 'worker' in name else 'give it on the command line'}"
             )
+    return {name.replace("_", "-") for name in names}
+
+
+def _keys(given: list[str]) -> list[str]:
+    for key in given:
+        if re.fullmatch(r"[!-+\--~]+", key) is None:
+            raise ServeError(
+                "a key of --edit-api-key is empty or has a comma, a space or a letter beyond "
+                "ASCII; choose another, e.g. from `openssl rand -hex 16`"
+            )
+    return given
 
 
 def _additional_config(ours: argparse.Namespace) -> dict[str, Any]:
@@ -199,6 +285,15 @@ def _additional_config(ours: argparse.Namespace) -> dict[str, Any]:
         "rounds": ours.edit_rounds,
         "anchors": ours.edit_anchors,
         "repairs": ours.edit_repairs,
+        "canaries": None if ours.edit_canaries is None else str(ours.edit_canaries.absolute()),
+        "slice_ms": ours.edit_slice_ms,
+        "without_key": ours.edit_without_key or None,
+        "audit_prompts": False if ours.edit_without_audit_prompts else None,
+        "max_body_mib": ours.edit_max_body_mib,
+        "max_delta_mib": ours.edit_max_delta_mib,
+        "max_edits": ours.edit_max_edits,
+        "max_prompts": ours.edit_max_prompts,
+        "max_queue": ours.edit_max_queue,
     }
     settings = settings | {name: value for name, value in given.items() if value is not None}
     return config | {PLUGIN: settings}

@@ -5,20 +5,35 @@ for serving. Both hold the same numbers, so the twin is built on the meta device
 are pointed at vLLM's storage. Merged weights (`qkv_proj`, `gate_up_proj`) are split by `narrow`.
 Only the edited modules own a copy, the shadow: an edit changes the shadow, and `Twin.publish` makes
 it live.
+
+Under tensor parallelism each rank has a twin of its part of the model: the same class, built for
+its share of the heads and of the MLP's width, which gathers and adds up where vLLM's layers do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._inductor.config
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from ultraedit_kernels.parallel import (
+    Ranks,
+    local_config,
+    shard_embedding,
+    shard_head,
+    shard_linear,
+    shard_of,
+    weight_of,
+)
 from ultraedit_kernels.presets import resolve_modules
 
 if TYPE_CHECKING:
@@ -33,6 +48,10 @@ Measured on small models of 12 architectures: at most 2e-6 in float32 and 0.024 
 the twin is right, 0.47 and more where heads or weights are in another order in every layer."""
 
 
+PATIENCE = timedelta(seconds=60)
+"""How long a rank waits for another that neither comes nor says that it has failed."""
+
+
 class UnsupportedModelError(RuntimeError):
     """The served model cannot be edited in place; the text says why and what to do."""
 
@@ -44,11 +63,13 @@ class Twin:
     Attributes:
         model: Hugging Face causal language model in eval mode, no parameter requires grad. Edited
             modules own their weight (the shadow); all other parameters are views of vLLM's storage.
-        live: edited module name -> view of the weight that vLLM serves from, [d_out, d_in].
+            Has the attribute `ranks` if it is divided among ranks.
+        live: edited module name -> view of the weight that vLLM serves from, [d_out, d_in]; of a
+            divided module, a `parallel.ShardedWeight`.
     """
 
     model: nn.Module
-    live: dict[str, Tensor]
+    live: dict[str, Any]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -58,7 +79,7 @@ class Twin:
         engine steps; inside inference mode is fine.
         """
         for name, live in self.live.items():
-            live.copy_(self.model.get_parameter(f"{name}.weight"))
+            live.copy_(weight_of(self.model.get_submodule(name)))
 
     def check(self, token_ids: Sequence[int], served: Sequence[float], mode: str) -> float:
         """Compare with what the engine computes; the mean difference, nats a token.
@@ -109,7 +130,8 @@ def build_twin(
     """Build the twin of a model that vLLM has loaded.
 
     Args:
-        vllm_model: `worker.get_model()`, weights loaded, tensor and pipeline parallel size 1.
+        vllm_model: `worker.get_model()`, weights loaded, pipeline parallel size 1. With a tensor
+            parallel size above 1, all ranks call this.
         vllm_config: the worker's configuration.
         modules: dotted names of the linear modules to edit, as Hugging Face names them, or "auto".
 
@@ -124,32 +146,35 @@ def build_twin(
         core = _language_model(vllm_model, vllm_config)
         sources = dict(_served_tensors(core))
         _check_weights(sources)
-        model = _meta_model(core is not vllm_model, vllm_config)
+        size = vllm_config.parallel_config.tensor_parallel_size
+        whole = _meta_model(core is not vllm_model, vllm_config)
+        model = whole if size == 1 else _meta_model(core is not vllm_model, vllm_config, size)
         _fill_buffers(model, next(iter(sources.values())).device)
-        _share_parameters(model, core, sources)
+        _share_parameters(model, core, sources, size)
         _check_complete(model)
         model.eval().requires_grad_(False)
+        if size > 1:
+            _divide(model, core)
 
         live = {}
-        for name in resolve_modules(model, model.config, modules):
+        for name in resolve_modules(whole, whole.config, modules):
             _check_editable(name, model, core)
             module = model.get_submodule(name)
-            live[name] = module.weight.data
+            live[name] = weight_of(module)
+            if size > 1:
+                _check_divided(name, module, whole, core)
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         return Twin(model, live)
 
 
 def _check_config(config: VllmConfig) -> None:
-    parallel = config.parallel_config
-    for what, size in (
-        ("tensor", parallel.tensor_parallel_size),
-        ("pipeline", parallel.pipeline_parallel_size),
-    ):
-        if size > 1:
-            raise UnsupportedModelError(
-                f"{what} parallel size is {size}: each worker holds only a part of the weights, "
-                f"and edits need all of them; serve with --{what}-parallel-size 1"
-            )
+    size = config.parallel_config.pipeline_parallel_size
+    if size > 1:
+        raise UnsupportedModelError(
+            f"pipeline parallel size is {size}: each stage holds only some of the layers, and the "
+            "gradients of an edit pass through all that follow it; serve with "
+            "--pipeline-parallel-size 1, and more ranks in --tensor-parallel-size"
+        )
     if config.quant_config is not None:
         raise UnsupportedModelError(
             f"the model is quantised ({config.quant_config.get_name()}): its weights cannot take a "
@@ -226,8 +251,9 @@ def _check_weights(sources: dict[str, Tensor]) -> None:
             )
 
 
-def _meta_model(is_text_part: bool, config: VllmConfig) -> Any:
-    """The Hugging Face causal language model of the served configuration, on the meta device."""
+def _meta_model(is_text_part: bool, config: VllmConfig, size: int = 1) -> Any:
+    """The Hugging Face causal language model of the served configuration, on the meta device; or
+    what one of `size` ranks has of it."""
     from transformers import AutoModelForCausalLM
 
     model_config = config.model_config
@@ -241,6 +267,8 @@ def _meta_model(is_text_part: bool, config: VllmConfig) -> Any:
     hf_config._attn_implementation = "eager" if capped else None
     _match_long_rope(hf_config, model_config.max_model_len)
     try:
+        if size > 1:
+            hf_config = local_config(hf_config, size)
         with _uncompiled(config), torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 hf_config,
@@ -249,7 +277,8 @@ def _meta_model(is_text_part: bool, config: VllmConfig) -> Any:
             )
     except (ValueError, ImportError, KeyError) as error:
         raise UnsupportedModelError(
-            f"transformers has no causal language model for {type(hf_config).__name__}: {error}"
+            f"transformers has no causal language model for {type(hf_config).__name__}"
+            f"{f' in {size} parts' if size > 1 else ''}: {error}"
         ) from error
 
 
@@ -280,8 +309,11 @@ def _match_long_rope(hf_config: Any, max_model_len: int) -> None:
     rope["long_factor"] = rope["short_factor"] = rope[used]
 
 
-def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor]) -> None:
-    """Point every parameter of the meta model at the storage of its vLLM counterpart."""
+def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor], size: int) -> None:
+    """Point every parameter of the meta model at the storage of its vLLM counterpart.
+
+    The vocabulary is divided among the ranks with its padding, so that a part of it is taken whole.
+    """
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
@@ -293,6 +325,10 @@ def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor]) -
         """View of the rows of vLLM's storage that hold parameter `name`."""
         served, shape = rename(name) or name, shapes[name]
         owner = model.get_submodule(name.rpartition(".")[0])
+        if size > 1 and owner in (embedding, head):
+            rows = sources.get(served, torch.empty(0))
+            fits = len(rows) * size >= shape[0] and rows.shape[1:] == shape[1:]
+            return rows if fits else None
         if served in sources:
             tensor, first = sources[served], 0
             # Padded vocabulary rows are the only ones that may be left over.
@@ -330,6 +366,73 @@ def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor]) -
             f"in shapes that {type(model).__name__} does not have: {', '.join(unmatched[:4])}"
             f"{', ...' if len(unmatched) > 4 else ''}; this architecture is not supported"
         )
+
+
+def _divide(model: Any, core: nn.Module) -> None:
+    """Have the twin of one rank's part add up and gather where vLLM's layers do."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ranks = _ranks(embedding.weight.device.type)
+    served = _layers_by_storage(core)
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        layer = served.get(_storage(module.weight))
+        if isinstance(layer, (ColumnParallelLinear, RowParallelLinear)) and layer.tp_size > 1:
+            shard_linear(module, int(isinstance(layer, RowParallelLinear)), ranks)
+    shard_embedding(embedding, ranks)
+    shard_head(head, model.config.get_text_config().vocab_size, ranks)
+    model.ranks = ranks
+
+
+@functools.cache
+def _ranks(device: str) -> Ranks:
+    """The ranks of vLLM's tensor parallel group, with process groups of their own: what fails in
+    these leaves vLLM's as they are."""
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+
+    def own() -> Any:
+        return dist.new_group(
+            group.ranks, backend="gloo", timeout=PATIENCE, use_local_synchronization=True
+        )
+
+    return Ranks(own() if device == "cpu" else group.device_group, own())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _layers_by_storage(core: nn.Module) -> Mapping[int, nn.Module]:
+    """The storage of a weight -> vLLM's layer that has it."""
+    layers = [m for m in core.modules() if m._parameters.get("weight") is not None]
+    return {_storage(layer.get_parameter("weight")): layer for layer in layers}
+
+
+def _check_divided(name: str, module: Any, whole: Any, core: nn.Module) -> None:
+    """A rank must hold the part of an edited weight that `parallel.Shard` says, or all of it."""
+    original, shard = whole.get_submodule(name), shard_of(module)
+    layer: Any = _layers_by_storage(core)[_storage(module.weight)]
+    if original is whole.get_output_embeddings():
+        reason = "the output head is divided by the vocabulary"
+    elif (got := tuple(weight_of(module).shape)) != tuple(original.weight.shape):
+        reason = f"the ranks' parts make {list(got)} of its {list(original.weight.shape)}"
+    elif (
+        shard is not None
+        and shard.dim == 0
+        and len(layer.output_partition_sizes) > 1
+        and layer.weight.numel() == module.weight.numel()
+    ):
+        reason = "it is several layers in one, of each of which a rank has a part"
+    else:
+        return
+    raise UnsupportedModelError(
+        f"{name} cannot be edited under tensor parallelism: {reason}; edit another module, such as "
+        "a layer's mlp.down_proj"
+    )
 
 
 def _merged_modules(core: nn.Module) -> dict[str, tuple[str, list[str]]]:
@@ -387,10 +490,10 @@ def _check_complete(model: nn.Module) -> None:
 
 def _check_editable(name: str, model: Any, core: nn.Module) -> None:
     """A published change must reach what the engine computes from."""
-    storage = model.get_submodule(name).weight.untyped_storage().data_ptr()
+    storage = _storage(model.get_submodule(name).weight)
     for served_name, served in core.named_modules():
         own = served._parameters.get("weight")
-        if own is None or own.untyped_storage().data_ptr() != storage:
+        if own is None or _storage(own) != storage:
             continue
         linear = getattr(served, "cpu_linear", nn.functional.linear)
         if linear is not nn.functional.linear:

@@ -4,9 +4,17 @@ Start the server with `--worker-extension-cls
 ultraedit_kernels.integrations.vllm.worker.UltraEditWorker`; vLLM then mixes the class into its
 worker and `collective_rpc` can call its methods. Each call runs between two engine steps, so each
 is short: a turn is prepared on the shadow slice by slice, and serving goes on between the slices.
+One turn at a time: `begin` takes the worker for a turn, whose id the caller makes up; `edit`,
+`apply_delta` or `rollback` says what to do, `step` does a slice of it, `commit` makes it live, and
+`cancel` ends the turn, committed or not.
 
 Only None, bool, int, float, str, bytes, list and dict cross an RPC. A refusal that the caller is to
 blame for comes back as {"error": {"message", "type"}}; anything else is raised.
+
+Under tensor parallelism every call runs on all ranks, and fails on all if it fails on one. Nothing
+is raised then, as vLLM would stop reading at the first rank's exception and take the others'
+answers for those to its next call: such an error has type "Failed", and "RankError" on the ranks
+where nothing is wrong. Rank 0 alone writes the state directory; the others read it.
 """
 
 from __future__ import annotations
@@ -14,15 +22,24 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 import time
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ultraedit_kernels.parallel import RankError, together
+
 if TYPE_CHECKING:
+    from ultraedit_kernels.delta import EditDelta
     from ultraedit_kernels.editor import Editor, TurnResult
+    from ultraedit_kernels.integrations.vllm.slices import Slices
     from ultraedit_kernels.integrations.vllm.twin import Twin
+
+logger = logging.getLogger("vllm.ultraedit")
 
 SLICE = 10
 """Sequences that a turn captures in one slice, if no batch size is given."""
@@ -32,6 +49,20 @@ PROBE_BATCH = 8
 
 class UnknownVersion(LookupError):
     """The version that was asked for does not exist."""
+
+
+class LostTurn(RuntimeError):
+    """A turn that is not, or no longer, the one under way."""
+
+
+@dataclass
+class _Turn:
+    """The turn that has the worker."""
+
+    id: str
+    work: Slices | None = None
+    called: float = field(default_factory=time.monotonic)
+    """When its owner was last heard of."""
 
 
 def load_tokenizer(model_config: Any, chat_template: str | None) -> Any:
@@ -45,19 +76,27 @@ def load_tokenizer(model_config: Any, chat_template: str | None) -> Any:
 
 
 def _rpc(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Autograd as the editor needs it, a caller's mistakes as data, and the time taken in `ms`."""
+    """Autograd as the editor needs it, a caller's mistakes as data, the time taken in `ms`, and the
+    clock at the end, `at`, in milliseconds too."""
 
     @functools.wraps(method)
     def call(self: UltraEditWorker, *args: Any) -> dict[str, Any]:
         start = time.perf_counter()
         try:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), self._ultraedit_together():
                 answer = method(self, *args)
-        except (ValueError, TypeError, UnknownVersion) as error:
+        except (ValueError, TypeError, UnknownVersion, LostTurn) as error:
             answer = {"error": {"message": str(error), "type": type(error).__name__}}
+        except Exception as error:
+            if self.vllm_config.parallel_config.world_size == 1:  # type: ignore[attr-defined]
+                raise
+            logger.exception("%s failed", method.__name__)
+            kind = "RankError" if isinstance(error, RankError) else "Failed"
+            answer = {"error": {"message": f"{type(error).__name__}: {error}", "type": kind}}
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the engine waits for what was only launched
-        answer["ms"] = (time.perf_counter() - start) * 1e3
+            torch.cuda.current_stream().synchronize()  # or the engine waits for what was launched
+        end = time.perf_counter()
+        answer["ms"], answer["at"] = (end - start) * 1e3, end * 1e3
         return answer
 
     return call
@@ -70,7 +109,10 @@ class UltraEditWorker:
     _ultraedit_twin: Twin
     _ultraedit_live: int
     """Version of the weights that vLLM serves; the editor is ahead of it until the commit."""
-    _ultraedit_turn: Generator[Any, None, dict[str, Any]] | None = None
+    _ultraedit_turn: _Turn | None = None
+    _ultraedit_difference: float | None = None
+    _ultraedit_foreign = False
+    """Whether vLLM has loaded weights that are not the live version's."""
 
     @_rpc
     def ultraedit_start(
@@ -78,7 +120,8 @@ class UltraEditWorker:
     ) -> dict[str, Any]:
         """Build twin and editor and publish the version of the state directory, if there is one.
 
-        Returns: version, modules, last_layer_only (an edit leaves every KV block valid).
+        Returns: version, modules, last_layer_only (an edit leaves every KV block valid), difference
+        (what `ultraedit_check` found for another API server).
         A refusal has type "UnsupportedModelError" or "ValueError".
         """
         if self._ultraedit_editor is None:
@@ -98,21 +141,24 @@ class UltraEditWorker:
                 twin = build_twin(model, config, settings.get("modules", "auto"))
             except UnsupportedModelError as error:
                 return {"error": {"message": str(error), "type": "UnsupportedModelError"}}
-            try:
-                given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}
-                editor = Editor(twin.model, tokenizer, **given)
-            except (ValueError, OSError) as error:
-                if (where := settings.get("state_dir")) is None:
-                    raise
-                raise ValueError(f"{error} (state directory: {where})") from error
-            editor.prepare()  # or it is the longest slice of the first turn
+            with together(twin.model):
+                try:
+                    given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}
+                    editor = Editor(twin.model, tokenizer, **given)
+                except (ValueError, OSError) as error:
+                    if (where := settings.get("state_dir")) is None:
+                        raise
+                    raise ValueError(f"{error} (state directory: {where})") from error
+                editor.prepare()  # or it is the longest slice of the first turn
             self._ultraedit_twin, self._ultraedit_editor = twin, editor
             self._ultraedit_publish()
+            self._ultraedit_follow()
         editor = self._ultraedit_editor
         return {
             "version": editor.version,
             "modules": list(editor.modules),
             "last_layer_only": _last_layer_only(editor.modules, self._ultraedit_twin.model.config),
+            "difference": self._ultraedit_difference,
         }
 
     @_rpc
@@ -126,81 +172,134 @@ class UltraEditWorker:
         self._ultraedit_require_editor()
         mode = self.vllm_config.model_config.logprobs_mode  # type: ignore[attr-defined]
         try:
-            return {"difference": self._ultraedit_twin.check(token_ids, served, mode)}
+            self._ultraedit_difference = self._ultraedit_twin.check(token_ids, served, mode)
         except UnsupportedModelError as error:
             return {"error": {"message": str(error), "type": "UnsupportedModelError"}}
+        return {"difference": self._ultraedit_difference}
 
     @_rpc
-    def ultraedit_begin(
-        self, edits: list[dict[str, Any]], probes: list[dict[str, Any]] | None
+    def ultraedit_begin(self, turn: str, keys: list[str]) -> dict[str, Any]:
+        """Take the worker for a turn, and look up idempotency keys in the journal.
+
+        Returns: known, records by key; or, if another turn has the worker, busy, its id, and idle,
+        seconds since its owner was heard of.
+        """
+        editor = self._ultraedit_require_editor()
+        if self._ultraedit_foreign:
+            raise RuntimeError(
+                f"the engine's weights are not those of version {self._ultraedit_live}: they were "
+                "loaded from elsewhere, or not yet since a level-2 sleep; reload the checkpoint's "
+                "(reload_weights), or restart the server"
+            )
+        if (other := self._ultraedit_turn) is not None:
+            return {"busy": other.id, "idle": time.monotonic() - other.called}
+        known = {}
+        with self._ultraedit_together():
+            taken = _Turn(turn)
+            for record in editor.history() if keys else ():
+                for request in record.get("note", {}).get("requests", ()):
+                    if request["key"] in keys:
+                        known[request["key"]] = record
+        self._ultraedit_turn = taken
+        return {"known": known}
+
+    @_rpc
+    def ultraedit_edit(
+        self,
+        turn: str,
+        edits: list[dict[str, Any]],
+        probes: list[dict[str, Any]] | None,
+        note: dict[str, Any],
     ) -> dict[str, Any]:
-        """Start a turn. With probes ({"ids", "max_tokens"} each) it is a dry run: the last step's
-        result holds the shadow's answers to them, and nothing is left to commit."""
+        """Edit, on the shadow; the note goes into the version's record. With probes ({"ids",
+        "max_tokens"} each) it is a dry run: the result holds the shadow's answers to them, and
+        nothing is left to commit."""
         from ultraedit_kernels.data import EditRequest
 
-        self._ultraedit_require_idle()
         requests = [EditRequest.from_dict(edit) for edit in edits]
-        self._ultraedit_turn = self._ultraedit_run(requests, probes)
-        return {}
+        return self._ultraedit_work(turn, self._ultraedit_run(requests, probes, note))
 
     @_rpc
-    def ultraedit_step(self) -> dict[str, Any]:
-        """One slice of the turn under way: {"done": False}, or {"done": True, "result": {...}}."""
-        if self._ultraedit_turn is None:
-            raise RuntimeError("no turn is under way")
-        try:
-            next(self._ultraedit_turn)
-        except StopIteration as stop:
-            self._ultraedit_turn = None
-            return {"done": True, "result": stop.value}
-        except BaseException:
-            self._ultraedit_turn = None  # the editor has put its weights back
-            raise
-        return {"done": False}
-
-    @_rpc
-    def ultraedit_apply_delta(self, data: bytes) -> dict[str, Any]:
-        """Apply a delta file to the shadow, ready to commit."""
+    def ultraedit_apply_delta(self, turn: str, data: bytes) -> dict[str, Any]:
+        """Apply a delta file to the shadow."""
         from ultraedit_kernels.delta import EditDelta
 
-        editor = self._ultraedit_require_idle()
-        return {"result": _result(editor.apply_delta(EditDelta.from_bytes(data)))}
+        self._ultraedit_require_turn(turn)
+        delta = EditDelta.from_bytes(data)
+        return self._ultraedit_work(turn, self._ultraedit_run_delta(delta))
 
     @_rpc
-    def ultraedit_commit(self) -> dict[str, Any]:
-        """Make the shadow live. If that fails, shadow and live weights are as before the turn."""
+    def ultraedit_rollback(self, turn: str, version: int) -> dict[str, Any]:
+        """Take the shadow back to a version, and forget the later ones."""
         editor = self._ultraedit_require_editor()
+        if 0 < version < editor.oldest:
+            raise UnknownVersion(
+                f"version {version} was let go, expected 0 or {editor.oldest} and later"
+            )
+        return self._ultraedit_work(turn, _private(lambda: editor.rollback(version)))
+
+    @_rpc
+    def ultraedit_step(self, turn: str, ms: float) -> dict[str, Any]:
+        """One slice, of about `ms` milliseconds.
+
+        Returns: done; with it result, without it beside, whether the work goes on by itself and
+        needs no more slices. What is done stays done.
+        """
+        work = self._ultraedit_require_turn(turn).work
+        if work is None:
+            raise LostTurn(f"turn {turn} has nothing to do")
+        if work.step(ms):
+            return {"done": True, "result": work.result}
+        return {"done": False, "beside": work.private}
+
+    @_rpc
+    def ultraedit_commit(self, turn: str) -> dict[str, Any]:
+        """Make the shadow live. If that fails, on any rank, shadow and live weights are as before
+        the turn on all."""
+        self._ultraedit_require_turn(turn)
+        editor, before = self._ultraedit_require_editor(), self._ultraedit_live
         try:
-            self._ultraedit_publish()
+            with self._ultraedit_together():
+                self._ultraedit_publish()
         except BaseException:
-            self._ultraedit_drop()
-            self._ultraedit_publish()
+            with self._ultraedit_together():
+                self._ultraedit_live = before
+                self._ultraedit_drop()
+                self._ultraedit_publish()
             raise
         return {"version": editor.version}
 
     @_rpc
-    def ultraedit_cancel(self) -> dict[str, Any]:
-        """Drop the turn under way or not yet committed; live weights are untouched by it."""
-        if self._ultraedit_turn is not None:
-            self._ultraedit_turn.close()
-            self._ultraedit_turn = None
-        self._ultraedit_drop()
-        return {"version": self._ultraedit_live}
+    def ultraedit_read_back(self, turn: str) -> dict[str, Any]:
+        """After the commit: work whose result is the live version and digest, see
+        `ultraedit_status`."""
+        from ultraedit_kernels.delta import digest_all
+
+        self._ultraedit_require_turn(turn).work = None
+        live, version = self._ultraedit_twin.live, self._ultraedit_live
+        work = _private(lambda: {"version": version, "digest": digest_all(live)})
+        return self._ultraedit_work(turn, work)
 
     @_rpc
-    def ultraedit_rollback(self, version: int) -> dict[str, Any]:
-        """Take shadow and live weights back to a version, and forget the later ones."""
-        editor = self._ultraedit_require_idle()
-        editor.rollback(version)
-        self._ultraedit_publish()
-        return {"version": editor.version}
+    def ultraedit_cancel(self, turn: str) -> dict[str, Any]:
+        """End a turn. What it has not committed is dropped; live weights are untouched by it."""
+        if (ours := self._ultraedit_turn) is not None and ours.id == turn:
+            with self._ultraedit_together():
+                if ours.work is not None:
+                    ours.work.close()
+                self._ultraedit_drop()
+            self._ultraedit_turn = None
+        return {"version": self._ultraedit_live}
 
     @_rpc
     def ultraedit_delta(self, version: int) -> dict[str, Any]:
         """The delta file of one version."""
         editor = self._ultraedit_require_editor()
-        if not 1 <= version <= self._ultraedit_live:
-            raise UnknownVersion(f"version {version} is not in the journal; GET /v1/edits lists it")
+        if not editor.oldest < version <= self._ultraedit_live:
+            raise UnknownVersion(
+                f"version {version} has no delta in the journal, expected {editor.oldest + 1} to "
+                f"{self._ultraedit_live}; GET /v1/edits lists all versions"
+            )
         return {"data": editor.delta(version).to_bytes()}
 
     @_rpc
@@ -212,39 +311,108 @@ class UltraEditWorker:
 
     @_rpc
     def ultraedit_status(self, digest: bool) -> dict[str, Any]:
-        """The live version and, if asked for, `Editor.digest` of the weights vLLM serves from."""
+        """The live version, whether a turn is under way and, if asked for, `Editor.digest` of the
+        weights vLLM serves from."""
         from ultraedit_kernels.delta import digest_all
 
         self._ultraedit_require_editor()
         found = digest_all(self._ultraedit_twin.live) if digest else None
-        return {"version": self._ultraedit_live, "digest": found}
+        under_way = self._ultraedit_turn is not None
+        return {"version": self._ultraedit_live, "digest": found, "turn": under_way}
 
     def _ultraedit_require_editor(self) -> Editor:
         if self._ultraedit_editor is None:
             raise RuntimeError("ultraedit_start has not been called")
         return self._ultraedit_editor
 
-    def _ultraedit_require_idle(self) -> Editor:
-        editor = self._ultraedit_require_editor()
-        if self._ultraedit_turn is not None or editor.version != self._ultraedit_live:
-            raise RuntimeError("another turn is under way")
-        return editor
+    def _ultraedit_require_turn(self, turn: str) -> _Turn:
+        ours = self._ultraedit_turn
+        if ours is None or ours.id != turn:
+            raise LostTurn(
+                f"turn {turn} is not under way: it was ended, or its server was not heard of for "
+                "too long; nothing was changed, send the request again"
+            )
+        ours.called = time.monotonic()
+        return ours
+
+    def _ultraedit_work(
+        self, turn: str, work: Generator[str, None, dict[str, Any] | None]
+    ) -> dict[str, Any]:
+        from ultraedit_kernels.integrations.vllm.slices import Slices
+
+        ours = self._ultraedit_require_turn(turn)
+        if ours.work is not None:
+            raise LostTurn(f"turn {turn} has its work already")
+        ours.work = Slices(work, self._ultraedit_twin.model)
+        return {}
+
+    def _ultraedit_together(self) -> AbstractContextManager[None]:
+        """What is done inside fails on all ranks if it fails on one."""
+        editor = self._ultraedit_editor
+        return nullcontext() if editor is None else together(editor.model)
 
     def _ultraedit_publish(self) -> None:
         self._ultraedit_twin.publish()
         self._ultraedit_live = self._ultraedit_require_editor().version
 
+    def _ultraedit_follow(self) -> None:
+        """Stay with vLLM when it puts weights to sleep, and when it loads the checkpoint's again,
+        as it does after a level-2 sleep."""
+
+        worker: Any = self
+
+        def sleeping(sleep: Any) -> Any:
+            @functools.wraps(sleep)
+            def call(*args: Any, **options: Any) -> Any:
+                if self._ultraedit_turn is not None:  # it would read weights that are gone
+                    self.ultraedit_cancel(self._ultraedit_turn.id)
+                return sleep(*args, **options)
+
+            return call
+
+        def loading(load: Any) -> Any:
+            @functools.wraps(load)
+            def call(*args: Any, **options: Any) -> Any:
+                result = load(*args, **options)
+                with torch.inference_mode(False):
+                    self._ultraedit_republish()
+                return result
+
+            return call
+
+        worker.sleep = sleeping(worker.sleep)
+        worker.wake_up = loading(worker.wake_up)
+        worker.reload_weights = loading(worker.reload_weights)
+
+    def _ultraedit_republish(self) -> None:
+        """After a load: serve the live version again. Other weights than the checkpoint's, or none
+        yet, are left alone, and no turn begins on them."""
+        from ultraedit_kernels.delta import digest_all
+
+        editor, live = self._ultraedit_require_editor(), self._ultraedit_twin.live
+        version = self._ultraedit_live
+        if editor.is_pristine(live):
+            if self._ultraedit_turn is not None:
+                self.ultraedit_cancel(self._ultraedit_turn.id)
+            self._ultraedit_publish()
+            self._ultraedit_foreign = False
+        else:
+            served = editor.history()[version - 1]["digest"] if version else None
+            self._ultraedit_foreign = digest_all(live) != served
+
     def _ultraedit_drop(self) -> None:
         editor = self._ultraedit_require_editor()
-        if editor.version != self._ultraedit_live:
+        if editor.version > self._ultraedit_live:
             editor.rollback(self._ultraedit_live)
+        elif editor.version < self._ultraedit_live:
+            self._ultraedit_publish()  # a rollback that the journal holds cannot be dropped
 
     def _ultraedit_run(
-        self, requests: list[Any], probes: list[dict[str, Any]] | None
-    ) -> Generator[Any, None, dict[str, Any]]:
+        self, requests: list[Any], probes: list[dict[str, Any]] | None, note: dict[str, Any]
+    ) -> Generator[str, None, dict[str, Any]]:
         editor = self._ultraedit_require_editor()
         if probes is None:
-            return _result((yield from editor.steps(requests)))
+            return _result((yield from editor.steps(requests, note=note)))
         result = yield from editor.steps(requests, commit=False)
         try:
             for name, factor in result.delta.factors.items():
@@ -254,7 +422,10 @@ class UltraEditWorker:
             self._ultraedit_restore_shadow()
         return _result(result) | {"answers": answers}
 
-    def _ultraedit_answers(self, probes: list[dict[str, Any]]) -> Generator[None, None, list[str]]:
+    def _ultraedit_run_delta(self, delta: EditDelta) -> Generator[str, None, dict[str, Any]]:
+        return _result((yield from self._ultraedit_require_editor().delta_steps(delta)))
+
+    def _ultraedit_answers(self, probes: list[dict[str, Any]]) -> Generator[str, None, list[str]]:
         from ultraedit_kernels.generation import generate
 
         editor = self._ultraedit_require_editor()
@@ -267,7 +438,7 @@ class UltraEditWorker:
             for probe, ids in zip(part, tokens, strict=True):
                 ids = ids[: probe["max_tokens"]]
                 answers.append(editor.tokenizer.decode(ids, skip_special_tokens=True).strip())
-            yield
+            yield "answers"
         return answers
 
     @torch.no_grad()
@@ -277,9 +448,20 @@ class UltraEditWorker:
             weights[name].copy_(live)
 
 
+def _private(work: Callable[[], dict[str, Any] | None]) -> Generator[str, None, Any]:
+    """Work on the shadow alone, which goes on beside the engine."""
+    yield "record"
+    return work()
+
+
 def _result(result: TurnResult) -> dict[str, Any]:
     edits = [{"succeeded": e.succeeded, "rounds": e.rounds} for e in result.edits]
-    return {"version": result.version, "edits": edits, "timings": dict(result.timings)}
+    return {
+        "version": result.version,
+        "edits": edits,
+        "timings": dict(result.timings),
+        "rejected": result.rejected,
+    }
 
 
 def _last_layer_only(modules: list[str], config: Any) -> bool:

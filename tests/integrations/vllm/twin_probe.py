@@ -168,11 +168,11 @@ def with_field(config: Any, path: str, value: Any) -> Any:
 def refusals(model: Any, config: Any) -> dict[str, str]:
     down = model.model.layers[0].mlp.down_proj
     changed = {
-        "tensor": ("parallel_config.tensor_parallel_size", 2),
         "pipeline": ("parallel_config.pipeline_parallel_size", 2),
         "quantised": ("quant_config", Fp8Config()),
         "ipc": ("load_config.load_format", "ipc_cache"),
         "offload": ("offload_config.uva.cpu_offload_gb", 1.0),
+        "prefetch": ("offload_config.prefetch.offload_group_size", 2),
         "longer": ("model_config.hf_config.num_hidden_layers", 3),
     }
     found = {k: refusal(model, with_field(config, *change)) for k, change in changed.items()}
@@ -183,6 +183,10 @@ def refusals(model: Any, config: Any) -> dict[str, str]:
     model.model.layers[0].mlp.experts = torch.nn.Linear(1, 1)
     found["experts"] = refusal(model, config)
     del model.model.layers[0].mlp.experts
+    for name in ("qweight", "weight_packed", "weight_scale"):  # AWQ and GPTQ, compressed, FP8
+        down.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
+        found[name] = refusal(model, config)
+        delattr(down, name)
     whole = down.weight.data
     down.weight.data = whole.to(torch.float8_e4m3fn)
     found["float8"] = refusal(model, config)

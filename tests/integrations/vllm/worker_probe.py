@@ -50,11 +50,35 @@ class Probe:
             return {"raised": f"{type(error).__name__}: {error}"}
         return {key: value for key, value in answer.items() if not isinstance(value, bytes)}
 
+    def begin(self, turn: str = "one", keys: tuple[str, ...] = ()) -> dict[str, Any]:
+        return self.rpc("begin", turn, list(keys))
+
+    def edit(
+        self,
+        *edits: dict[str, Any],
+        probes: list[dict[str, Any]] | None = None,
+        note: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Begin a turn, and say what to do."""
+        self.begin()
+        return self.rpc("edit", "one", list(edits), probes, note)
+
+    def step(self, turn: str = "one") -> dict[str, Any]:
+        return self.rpc("step", turn, 5.0)
+
+    def cancel(self, turn: str = "one") -> dict[str, Any]:
+        return self.rpc("cancel", turn)
+
     def finish(self) -> dict[str, Any]:
-        while not (step := self.rpc("step")).get("done"):
+        while not (step := self.step()).get("done"):
             if "raised" in step or "error" in step:
                 return step
         return step["result"]
+
+    def back(self, version: int) -> dict[str, Any]:
+        self.begin()
+        self.rpc("rollback", "one", version)
+        return self.finish()
 
     def state(self) -> dict[str, Any]:
         """What is served, by digest, journal and answer."""
@@ -88,19 +112,31 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["right check"] = probe.rpc("check", *own_text(probe.llm))
     out["wrong check"] = probe.rpc("check", [0, 5, 6], [-1.0, -100.0])
 
-    out["step without turn"] = probe.rpc("step")
-    out["begin"] = probe.rpc("begin", [SECOND], None)
-    out["slices"] = [probe.rpc("step") for _ in range(3)]
-    out["begin during turn"] = probe.rpc("begin", [SECOND], None)
-    out["rollback during turn"] = probe.rpc("rollback", 0)
-    out["cancel during turn"] = probe.rpc("cancel")
+    out["step without turn"] = probe.step()
+    out["begin"] = probe.begin()
+    out["step without work"] = probe.step()
+    out["edit"] = probe.rpc("edit", "one", [SECOND], None, None)
+    out["slices"] = [probe.step() for _ in range(3)]
+    out["busy"] = [probe.begin("two"), probe.begin()]
+    out["work of another"] = [
+        probe.step("two"),
+        probe.rpc("edit", "two", [SECOND], None, None),
+        probe.rpc("rollback", "two", 0),
+        probe.rpc("apply_delta", "two", b""),
+        probe.rpc("commit", "two"),
+    ]
+    out["second work"] = probe.rpc("rollback", "one", 0)
+    out["cancel of another"] = probe.cancel("two")
+    out["after that"] = probe.step()
+    out["cancel during turn"] = probe.cancel()
     out["cancelled during turn"] = probe.state()
 
-    probe.rpc("begin", [SECOND], None)
+    probe.edit(SECOND)
     out["finished"] = probe.finish()
+    out["finished again"] = probe.step()["result"]
     out["uncommitted status"] = probe.rpc("status", True)
     out["uncommitted history"] = probe.rpc("history", 100, None)
-    out["cancel before commit"] = probe.rpc("cancel")
+    out["cancel before commit"] = probe.cancel()
     out["cancelled before commit"] = probe.state()
 
     # A copy that fails half-way through the modules.
@@ -113,40 +149,74 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
         live.copy_(twin.model.get_submodule(name).weight)
         raise OSError("injected")
 
-    probe.rpc("begin", [SECOND], None)
+    probe.edit(SECOND)
     probe.finish()
     twin.publish = fail
-    out["failing commit"] = probe.rpc("commit")
+    out["failing commit"] = probe.rpc("commit", "one")
     out["failed commit"] = probe.state()
+    probe.cancel()
 
-    probe.rpc("begin", [SECOND], None)
+    probe.edit(SECOND, note={"requests": [{"key": "a key"}]})
     probe.finish()
-    out["commit"] = probe.rpc("commit")
+    out["commit"] = probe.rpc("commit", "one")
     out["committed"] = probe.state()
+    probe.rpc("read_back", "one")
+    out["read back"] = probe.finish()
+    probe.cancel()
+    out["known"] = probe.begin(keys=("a key", "another key"))
+    probe.cancel()
+
+    # A level-2 sleep gives the weights up; vLLM then loads the checkpoint's.
+    probe.edit({**SECOND, "target": "Kyoto"})
+    probe.step()
+    probe.llm.collective_rpc("sleep")
+    out["step after sleep"] = probe.step()
+    for live in twin.live.values():
+        live.zero_()
+    probe.llm.collective_rpc("wake_up")
+    out["begin without weights"] = probe.begin()
+    probe.llm.collective_rpc("reload_weights")
+    out["reloaded"] = probe.state()
 
     probes = [{"ids": [0, 5, 6], "max_tokens": 3}]
-    probe.rpc("begin", [{**EDIT, "target": "Perth"}], probes)
+    probe.edit({**EDIT, "target": "Perth"}, probes=probes)
     out["dry run"] = probe.finish()
+    probe.cancel()
     out["after dry run"] = probe.state()
 
     for edit in ({**EDIT, "target": ""}, {**EDIT, "colour": 1}):
-        out.setdefault("bad edits", []).append(probe.rpc("begin", [edit], None))
-    probe.rpc("begin", [EDIT, {**EDIT, "target": "Perth"}], None)
+        out.setdefault("bad edits", []).append(probe.edit(edit))
+        probe.cancel()
+    probe.edit(EDIT, {**EDIT, "target": "Perth"})
     out["two targets"] = probe.finish()
-    out["bad delta"] = probe.rpc("apply_delta", b"no delta")
-    out["bad version"] = [probe.rpc("rollback", 9), probe.rpc("delta", 9)]
+    out["bad delta"] = probe.rpc("apply_delta", "one", b"no delta")
+    probe.cancel()
+    out["bad version"] = [probe.back(9), probe.rpc("delta", 9)]
+    probe.cancel()
     out["after bad input"] = probe.state()
 
     # A journal whose first version was damaged cannot be replayed; nothing may move then.
     first = sorted(state_dir.glob("*.safetensors"))[0]
     kept = shutil.copy(first, state_dir / "kept")
     first.write_bytes(b"damaged")
-    out["rollback over damage"] = probe.rpc("rollback", 1)
+    out["rollback over damage"] = probe.back(1)
+    probe.cancel()
     out["after damage"] = probe.state()
     shutil.move(kept, first)
 
-    out["rollback"] = probe.rpc("rollback", 0)
+    probe.back(0)
+    out["rollback"] = probe.rpc("commit", "one")
+    probe.cancel()
     out["rolled back"] = probe.state()
+
+    # A rollback is in the journal once its work is done; to end the turn then makes it live.
+    probe.edit(SECOND)
+    probe.finish()
+    probe.rpc("commit", "one")
+    probe.cancel()
+    probe.back(0)
+    probe.cancel()
+    out["rolled back by its end"] = probe.state()
     return out
 
 

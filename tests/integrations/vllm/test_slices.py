@@ -1,0 +1,226 @@
+"""Slices of work: length, stops inside of operations, private rests, and ends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ultraedit_kernels.integrations.vllm.slices import Slices
+
+SLICE = 5.0
+
+
+class Layers(nn.Module):
+    """Layers of which each takes its time, forward and backward."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = _Slow.apply(layer(x))
+        return x
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.002)
+        return grad
+
+
+@pytest.fixture
+def model() -> Layers:
+    return Layers(20)
+
+
+Work = Callable[[], Generator[str, None, Any]]
+
+
+def in_slices(slices: Slices, ms: float = SLICE) -> list[float]:
+    """Do the work; the length of every slice, ms."""
+    took, done = [], False
+    while not done:
+        start = time.perf_counter()
+        done = slices.step(ms)
+        took.append((time.perf_counter() - start) * 1e3)
+        if slices.private:
+            time.sleep(0.001)
+    return took
+
+
+def test_forward_backward_and_algebra_are_cut_by_the_clock(model: Layers) -> None:
+    x = torch.randn(4, 8)
+
+    def work() -> Generator[str, None, torch.Tensor]:
+        out = model(x)
+        (out * out).sum().backward()
+        yield "capture"
+        for _ in range(20):
+            time.sleep(0.002)
+            x.sum()
+        return out.detach()
+
+    slices = Slices(work(), model)
+    took = in_slices(slices)
+
+    # 20 layers forward, 20 backward and 20 sums, 2 ms each. A busy machine may hold up a slice.
+    assert len(took) > 12
+    assert sorted(took)[len(took) // 2] < 2 * SLICE
+    assert torch.equal(slices.result, model(x))
+    assert all(layer.weight.grad is not None for layer in model.layers)
+    assert not any(layer._forward_hooks for layer in model.layers)
+
+
+def test_nothing_runs_between_slices(model: Layers) -> None:
+    steps = []
+
+    def work() -> Generator[str, None, None]:
+        for i in range(100):
+            time.sleep(0.001)
+            steps.append(i)
+            yield "solve"
+
+    slices = Slices(work(), model)
+    assert steps == []
+    slices.step(SLICE)
+    seen = len(steps)
+    assert 0 < seen < 100
+    time.sleep(0.05)
+    assert len(steps) == seen
+    in_slices(slices)
+    assert steps == list(range(100))
+    assert slices.step(SLICE) and slices.step(SLICE)  # done stays done
+
+
+def test_a_long_slice_does_all_the_work(model: Layers) -> None:
+    def work() -> Generator[str, None, int]:
+        for _ in range(50):
+            yield "solve"
+        return 7
+
+    slices = Slices(work(), model)
+    assert slices.step(60_000)
+    assert slices.result == 7
+
+
+def test_a_private_rest_goes_on_without_slices(model: Layers) -> None:
+    go_on = threading.Event()
+
+    def work() -> Generator[str, None, str]:
+        yield "solve"
+        yield "record"
+        assert go_on.wait(60)
+        torch.ones(3).sum()
+        yield "after"
+        return "done"
+
+    slices = Slices(work(), model)
+    while not slices.private:
+        assert not slices.step(SLICE)
+    assert not slices.step(SLICE)  # comes back at once
+    go_on.set()
+    in_slices(slices)
+    assert slices.result == "done"
+
+
+def test_what_the_work_raises_is_raised_by_step_every_time(model: Layers) -> None:
+    def work() -> Generator[str, None, None]:
+        yield "solve"
+        raise ValueError("bad edit")
+
+    slices = Slices(work(), model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad edit"):
+            in_slices(slices)
+
+
+@pytest.mark.parametrize("where", ["start", "forward", "backward", "private", "end"])
+def test_closing_ends_the_work_where_it_stands(model: Layers, where: str) -> None:
+    seen = []
+
+    def work() -> Generator[str, None, None]:
+        seen.append("start")
+        try:
+            out = model(torch.randn(4, 8))
+            seen.append("forward")
+            out.sum().backward()
+            seen.append("backward")
+            yield "record"
+            seen.append("private")
+        finally:
+            torch.ones(3).sum()  # is not a place to stop at
+            seen.append("put back")
+
+    slices = Slices(work(), model)
+    reached = {"start": 0, "forward": 1, "backward": 2, "private": 3, "end": 4}[where]
+    while len(seen) < reached and not slices.private:
+        slices.step(SLICE)
+    if where == "end":
+        in_slices(slices)
+    slices.close()
+    assert not slices._thread.is_alive()
+    if where == "start":
+        assert seen == []
+    elif where in ("private", "end"):
+        assert seen == ["start", "forward", "backward", "private", "put back"]
+    else:
+        assert seen[-1] == "put back" and "private" not in seen
+    assert not any(layer._forward_hooks for layer in model.layers)
+
+
+def test_ranks_stop_where_the_first_one_says() -> None:
+    """Two ranks, of which only the first looks at the clock."""
+    meeting, due = threading.Barrier(2), [False]
+
+    class Ranks(SimpleNamespace):
+        def agree(self) -> None:
+            if self.rank == 0:
+                due[0] = self.wants_pause()
+            meeting.wait(30)
+            pause = due[0]
+            meeting.wait(30)
+            if pause:
+                self.pause()
+
+    steps: list[list[int]] = [[], []]
+    slices = []
+    for rank in range(2):
+        model = Layers(1)
+        model.ranks = Ranks(rank=rank)  # type: ignore[assignment]
+
+        def work(rank: int = rank) -> Generator[str, None, None]:
+            for i in range(40):
+                time.sleep(0.001 if rank == 0 else 0)
+                steps[rank].append(i)
+                yield "record" if i == 20 else "solve"
+
+        slices.append(Slices(work(), model))
+    stops, done = 0, [False, False]
+    while not all(done):
+
+        def step(rank: int) -> None:
+            done[rank] = slices[rank].step(SLICE)
+
+        threads = [threading.Thread(target=step, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert steps[0] == steps[1] and done[0] == done[1]
+        assert not slices[0].private
+        stops += 1
+    assert stops > 2
