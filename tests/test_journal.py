@@ -38,7 +38,15 @@ def entry(version: int) -> Entry:
     statistics = {name: Statistics.empty(w.shape[1], w.shape[0]) for name, w in WEIGHTS.items()}
     record = {"version": version, "digest": "", "edits": [{"prompt": "ä" * version}]}
     held = {name: factor.keys for name, factor in factors.items()}
-    return Entry(EditDelta(factors, BASE), statistics, held, Watch.empty(WEIGHTS), [], record)
+    return Entry(
+        EditDelta(factors, BASE),
+        statistics,
+        held,
+        Watch.empty(WEIGHTS),
+        torch.zeros(2, 0),
+        [],
+        record,
+    )
 
 
 def snapshot(version: int) -> Snapshot:

@@ -18,17 +18,22 @@ from ultraedit_kernels.capture import Captured, capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.operations import edit_values, solve, update_statistics
-from ultraedit_kernels.parallel import same
+from ultraedit_kernels.parallel import norm, same
 from ultraedit_kernels.shield import shielded, solve_shielded
 from ultraedit_kernels.statistics import Statistics
 from ultraedit_kernels.watch import LEAST_LEAD, Repairs, Watch, weakest
 
 MIN_COSINE = 0.1
 """Least cosine of an edit's values with the steepest descent of its loss."""
-LEAST_MARGIN = 0.5
+LEAST_MARGIN = 1.0
 """Logits that no number of rephrases makes up for: what an engine's rounding may take."""
+PATIENCE = 8
+"""Steps after which a repair that does not hold is given up: it is at odds with an edit."""
 REPAIR_ROUNDS = 2
 """Steps kept for repairs, if not every edit holds before."""
+MAX_STEP = 0.2
+"""Most that a step changes a weight, as a share of its norm. Edits that cannot hold, or not
+together, ask for ever larger steps, at the cost of all others."""
 MAX_GAIN = 64.0
 """Most by which a step is enlarged against what the ridge and the shield take of it."""
 
@@ -45,11 +50,11 @@ class Settings:
     """Most steps per turn; the loop ends as soon as every edit holds."""
     ridge: float = 1.0
     """λ of the ridge regression."""
-    margin: float = 2.6
+    margin: float = 3.8
     """Logits by which every target token must lead its runner-up for an edit to hold. A serving
     engine rounds differently than the side pass, and a wider lead carries over to other phrasings;
     an edit that brings k rephrases needs less of it, and is asked for 1 / (k + 1)."""
-    repairs: int = 100
+    repairs: int = 200
     """Most watched sequences that a turn runs through the model at a time, twice, to repair those
     that it broke."""
     batch_size: int = 32
@@ -66,6 +71,8 @@ class Turn:
     """Module → keys [m, d_in] of the edits that hold, under the final weights."""
     watch: Watch
     """The edits that hold, to be watched from now on."""
+    watched: Watch
+    """What the anchors watch, with the leads that the turn leaves."""
     released: list[int]
     """Of the anchors' watch, the sequences to watch no longer."""
     checked: int
@@ -99,6 +106,7 @@ def turn(
         anchors: what must be left as it is.
     """
     delta = {name: LowRank.empty(weight) for name, weight in weights.items()}
+    limits = {name: MAX_STEP * norm(weight) for name, weight in start.items()}
     stats = dict(statistics)
     edits = max(edit_of) + 1
     # Broken sequences that are repaired join the turn as further items, with a margin of their own.
@@ -121,6 +129,8 @@ def turn(
         loss = rows.reduce(torch.cat([b.loss for b in batches]), "sum")
         objective = rows.reduce(torch.cat([b.objective for b in batches]), "sum")
         holds = margin > margin.new_tensor(wanted)
+        given_up = [i >= edits and n >= PATIENCE for i, n in enumerate(rounds)]
+        holds |= torch.tensor(given_up, device=holds.device)
         if step == 0:
             for batch in batches:
                 repairs.expect(batch)
@@ -169,9 +179,16 @@ def turn(
         # Solve, and write W anew from its start, so that a replay rounds once, as this does.
         for name, weight in weights.items():
             coeff, h = _solve(keys[name], values[name], settings.ridge, anchors.keys[name])
+            if settings.lr == "auto":
+                coeff = coeff * _trusted(coeff, h, limits[name])
             delta[name] = delta[name].append(same(weight, coeff), same(weight, h))
             delta[name].apply(weight.copy_(start[name]))
             yield "solve"
+    repaired = (
+        {j: item - edits for j, item in enumerate(item_of[i : i + settings.batch_size])}
+        for i in range(0, len(sequences), settings.batch_size)
+    )
+    watched = yield from repairs.settle(delta, list(zip(batches, repaired, strict=True)))
     held = holds[rows.item] & (rows.item < edits)
     watch = Watch.empty(weights)
     for i, batch in enumerate(batches):
@@ -188,10 +205,11 @@ def turn(
         stats,
         {n: torch.cat([b.keys[n] for b in batches])[held] for n in weights},
         watch,
+        watched,
         repairs.released,
         repairs.checked,
         len(wanted) - edits,
-        int(holds[edits:].sum()),
+        int((margin[edits:] > 0).sum()),
         holds[:edits].tolist(),
         rounds[:edits],
         loss[:edits].tolist(),
@@ -209,6 +227,12 @@ def _solve(keys: Tensor, values: Tensor, ridge: float, shield: Tensor) -> tuple[
     if not len(shield):
         return solve(keys, values, ridge), keys
     return solve_shielded(keys, values, ridge, shield)
+
+
+def _trusted(coeff: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
+    """The factor, at most 1, that keeps the Frobenius norm of Yᵀ keys within the limit."""
+    square = ((coeff @ coeff.T) * (keys @ keys.T)).sum().float()
+    return (limit / square.sqrt()).clamp_max(1.0).to(coeff.dtype)
 
 
 def _descending(

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ultraedit_kernels import checks, guards
@@ -249,7 +250,10 @@ class Editor:
             factors = {name: factor.cpu() for name, factor in result.delta.items()}
             delta = EditDelta(factors, dict(self._base), asdict(self.settings))
             if commit:
-                entry = Entry(delta, result.statistics, result.held, watch, result.released, {})
+                leads = torch.stack([result.watched.lead, result.watched.drift])
+                entry = Entry(
+                    delta, result.statistics, result.held, watch, leads, result.released, {}
+                )
                 self._commit("edit", entry, outcomes, measured, note)
                 committed = True
         finally:
@@ -359,7 +363,7 @@ class Editor:
             measured = yield from self._guard(start)
             yield "record"
             none = Watch.empty(self.weights)
-            entry = Entry(delta, self._statistics, {}, none, [], {})
+            entry = Entry(delta, self._statistics, {}, none, torch.zeros(2, 0), [], {})
             self._commit("delta", entry, (), measured, note)
         except BaseException:
             self._set_weights(start)
@@ -467,7 +471,8 @@ class Editor:
             return anchors
         weighted = {name: HELD_WEIGHT * keys.double() for name, keys in entry.held.items()}
         anchors = anchors.hold(weighted, self.settings.ridge, self._anchor_rows)
-        watch = anchors.watch.join(entry.watch).without(entry.released)
+        watch = anchors.watch.join(entry.watch)
+        watch = watch.with_leads(entry.leads).without(entry.released)
         surplus = range(self._own_watched, len(watch) - WATCHED_EDITS)
         return replace(anchors, watch=watch.without(surplus))
 

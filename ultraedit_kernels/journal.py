@@ -73,6 +73,8 @@ class Entry:
     """Module → keys [n, d_in] of the edits that held: anchors of the turns to come."""
     watch: Watch
     """What is watched from this turn on: edits that held, and prompts that the operator named."""
+    leads: Tensor
+    """[2, r] lead and drift of the first r tokens that are watched then, see `Watch`."""
     released: list[int]
     """What is no longer: indices into all that was watched before, named prompts included."""
     record: dict[str, Any]
@@ -85,6 +87,7 @@ class Entry:
             {name: stats.to("cpu") for name, stats in self.statistics.items()},
             {name: keys.cpu() for name, keys in self.held.items()},
             Watch.from_tensors(self.watch.tensors()),
+            self.leads.cpu(),
             self.released,
             self.record,
         )
@@ -349,7 +352,8 @@ class Journal:
         }
         held = {f"held.{name}": keys for name, keys in entry.held.items()}
         watch = {f"watch.{name}": rows for name, rows in entry.watch.tensors().items()}
-        return entry.delta.tensors() | statistics | held | watch, metadata
+        leads = {"leads": entry.leads}
+        return entry.delta.tensors() | statistics | held | watch | leads, metadata
 
     def _write(
         self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
@@ -419,13 +423,14 @@ class Journal:
     def _read_entry(self, version: int) -> Entry:
         with self._reading(self._path(version)) as (tensors, metadata):
             statistics = from_tensors(tensors, json.loads(metadata["statistics_d_in"]))
-            ours = ("statistics.", "held.", "watch.")
+            ours = ("statistics.", "held.", "watch.", "leads")
             factors = {name: t for name, t in tensors.items() if not name.startswith(ours)}
             return Entry(
                 EditDelta.from_tensors(factors, metadata, str(self._path(version))),
                 statistics,
                 _part(tensors, "held."),
                 Watch.from_tensors(_part(tensors, "watch.")),
+                tensors["leads"],
                 json.loads(metadata["released"]),
                 self._records[version - 1],
             )

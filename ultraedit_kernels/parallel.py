@@ -203,6 +203,13 @@ def whole(weight: Any) -> Tensor:
     return weight.whole() if isinstance(weight, ShardedWeight) else weight
 
 
+def norm(weight: Any) -> Tensor:
+    """Frobenius norm of all of a weight, float32."""
+    if not isinstance(weight, ShardedWeight):
+        return weight.float().norm()
+    return weight.shard.ranks.all_reduce(weight.local.float().square().sum()).sqrt()
+
+
 def same(weight: Any, tensor: Tensor) -> Tensor:
     """Rank 0's tensor, if the weight is divided: sums on a GPU may differ in their last bits."""
     return weight.shard.ranks.broadcast(tensor) if isinstance(weight, ShardedWeight) else tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,12 +42,16 @@ class Watch:
     sequences: list[Sequence]
     owner: Tensor
     """[r] int64: the sequence that each token belongs to."""
+    place: Tensor
+    """[r] int64: which of the sequence's target tokens it is."""
     keys: dict[str, Tensor]
     """Module → [r, d_in], where the token is predicted."""
     slopes: dict[str, Tensor]
     """Module → [r, d_out]: gradient of the token's lead with respect to the module's output."""
     lead: Tensor
-    """[r] logits of the token over the runner-up when it was captured."""
+    """[r] logits of the token over the runner-up when it was last run through the model."""
+    drift: Tensor
+    """[r] first-order change of the lead since then."""
 
     @classmethod
     def empty(cls, weights: Mapping[str, Tensor]) -> Watch:
@@ -55,7 +59,7 @@ class Watch:
         keys = {name: w.new_zeros(0, w.shape[1]) for name, w in weights.items()}
         slopes = {name: w.new_zeros(0, w.shape[0]) for name, w in weights.items()}
         owner = torch.zeros(0, dtype=torch.long, device=next(iter(weights.values())).device)
-        return cls([], owner, keys, slopes, owner.float())
+        return cls([], owner, owner, keys, slopes, owner.float(), owner.float())
 
     @classmethod
     def of(cls, captured: Captured, sequences: Mapping[int, Sequence], rows: Seq[int]) -> Watch:
@@ -63,13 +67,15 @@ class Watch:
         at = torch.tensor(rows, dtype=torch.long, device=captured.margin.device)
         order = {index: i for i, index in enumerate(sequences)}
         owner = torch.tensor([order[i] for i in captured.owner[at].tolist()], dtype=torch.long)
-        slopes = lead_slopes(captured)
+        slopes, lead = lead_slopes(captured), captured.margin[at].float()
         return cls(
             list(sequences.values()),
             owner.to(at.device),
+            at - _first_rows(captured)[captured.owner[at]],
             {name: keys[at] for name, keys in captured.keys.items()},
             {name: slopes[name][at].to(keys.dtype) for name, keys in captured.keys.items()},
-            captured.margin[at].float(),
+            lead,
+            torch.zeros_like(lead),
         )
 
     def __len__(self) -> int:
@@ -84,9 +90,11 @@ class Watch:
         return Watch(
             self.sequences + other.sequences,
             joined(self.owner, other.owner + len(self)),
+            joined(self.place, other.place),
             {name: joined(keys, other.keys[name]) for name, keys in self.keys.items()},
             {name: joined(slopes, other.slopes[name]) for name, slopes in self.slopes.items()},
             joined(self.lead, other.lead),
+            joined(self.drift, other.drift),
         )
 
     def without(self, dropped: Seq[int]) -> Watch:
@@ -99,21 +107,51 @@ class Watch:
         return Watch(
             [s for i, s in enumerate(self.sequences) if i not in gone],
             (keep.cumsum(0) - 1)[self.owner[rows]],
+            self.place[rows],
             {name: keys[rows] for name, keys in self.keys.items()},
             {name: slopes[rows] for name, slopes in self.slopes.items()},
             self.lead[rows],
+            self.drift[rows],
         )
+
+    def measured(self, captured: Captured, index: Mapping[int, int], shift: Tensor) -> Watch:
+        """With the leads of a captured batch; `index` says which sequence is where in it.
+
+        The batch was run with a change of the leads by `shift` [r] that drift does not hold yet.
+        """
+        at = torch.full((len(self),), -1, device=self.owner.device)
+        at[list(index.values())] = torch.tensor(list(index), dtype=at.dtype, device=at.device)
+        at = at[self.owner]
+        rows = (_first_rows(captured)[at] + self.place).clamp_max(len(captured.margin) - 1)
+        lead = torch.where(at >= 0, captured.margin[rows].to(self.lead), self.lead)
+        return replace(self, lead=lead, drift=torch.where(at >= 0, -shift, self.drift))
+
+    def with_leads(self, leads: Tensor) -> Watch:
+        """With lead and drift, [2, ≤ r], of the first tokens."""
+        lead, drift = (
+            torch.cat([new.to(old), old[len(new) :]])
+            for new, old in zip(leads, (self.lead, self.drift), strict=True)
+        )
+        return replace(self, lead=lead, drift=drift)
 
     def shift(self, name: str, factor: LowRank) -> Tensor:
         """[r] first-order change of the leads under a change of one module's weight."""
         keys, coeff = factor.keys.to(self.lead), factor.coeff.to(self.lead)
-        moved = self.keys[name].to(self.lead) @ keys.T @ coeff
-        return (moved * self.slopes[name].to(self.lead)).sum(1)
+        (n, d_in), d_out = keys.shape, coeff.shape[1]
+        rows, slopes = self.keys[name].to(self.lead), self.slopes[name].to(self.lead)
+        if len(rows) * n * (d_in + d_out) < (len(rows) + n) * d_in * d_out:
+            moved = rows @ keys.T @ coeff
+        else:  # so many steps that the change itself is the smaller matrix
+            moved = rows @ (keys.T @ coeff)
+        return (moved * slopes).sum(1)
 
     def threat(self, shift: Tensor) -> Tensor:
-        """[w] largest share of a token's lead that a change of the leads [r] takes."""
+        """[w] largest share of a token's lead that is lost since it was measured, if the leads now
+        change by `shift` [r]; 1 where there was none to lose."""
+        share = -(self.drift + shift) / self.lead.clamp_min(LEAST_LEAD / 10)
+        share = torch.where(self.lead > 0, share, 1.0)
         none = torch.zeros(len(self), device=shift.device)
-        return none.scatter_reduce(0, self.owner, -shift / self.lead, "amax")
+        return none.scatter_reduce(0, self.owner, share, "amax")
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors on the CPU, tokens padded with -1, for a file."""
@@ -126,7 +164,9 @@ class Watch:
             "tokens": tokens,
             "prompt": prompt,
             "owner": self.owner.cpu(),
+            "place": self.place.cpu(),
             "lead": self.lead.cpu(),
+            "drift": self.drift.cpu(),
             **{f"keys.{name}": keys.cpu().contiguous() for name, keys in self.keys.items()},
             **{f"slopes.{name}": rows.cpu().contiguous() for name, rows in self.slopes.items()},
         }
@@ -141,7 +181,8 @@ class Watch:
             for part in ("keys.", "slopes.")
         )
         sequences = [Sequence(r[:n], r[n:]) for r, n in zip(rows, lengths, strict=True)]
-        return cls(sequences, tensors["owner"], keys, slopes, tensors["lead"])
+        owner, place, lead, drift = (tensors[n] for n in ("owner", "place", "lead", "drift"))
+        return cls(sequences, owner, place, keys, slopes, lead, drift)
 
 
 class Repairs:
@@ -167,8 +208,11 @@ class Repairs:
         prompts = {tuple(s.prompt_ids) for s in sequences}
         self.released = [i for i, s in enumerate(watch.sequences) if tuple(s.prompt_ids) in prompts]
         """Indices of sequences to watch no longer."""
-        self._watch, self._shields, self._budget = watch, shields, budget
-        self._repaired: list[int] = []
+        self.watch = watch
+        """With the leads as the turn leaves them."""
+        self._shields, self._budget = shields, budget
+        self.broken: list[int] = []
+        """Indices of sequences that lost their lead, in the order in which they were found."""
         self._asked: list[tuple[tuple[int, int], dict[str, Tensor]]] = []
 
     def expect(self, captured: Captured) -> None:
@@ -204,20 +248,18 @@ class Repairs:
         One that now makes the substitution that an edit asks for, at nearly its key, is taken for
         another way to say that edit, not for damage, and is let go.
         """
-        shift = torch.zeros_like(self._watch.lead)
-        for name, factor in delta.items():
-            shift += self._watch.shift(name, factor)
-            yield "solve"
-        threat = self._watch.threat(shift)
-        threat[self.released + self._repaired] = 0.0
+        shift = yield from self._shift(delta)
+        threat = self.watch.threat(shift)
+        threat[self.released + self.broken] = 0.0
         worst = threat.argsort(descending=True)[: self._budget].tolist()
         threatened = [i for i in worst if threat[i] > THREAT]
         self.due, self.checked = self.due - 1, self.checked + len(threatened)
         broken: list[int] = []
         for start in range(0, len(threatened), batch_size):
             part = threatened[start : start + batch_size]
-            sequences = [self._watch.sequences[i] for i in part]
+            sequences = [self.watch.sequences[i] for i in part]
             captured = capture(model, sequences, modules, backward=False)
+            self.watch = self.watch.measured(captured, dict(enumerate(part)), shift)
             seen = set()
             for row in (captured.margin < 0).nonzero().flatten().tolist():
                 i = part[int(captured.owner[row])]
@@ -225,8 +267,40 @@ class Repairs:
                     (self.released if self._asked_for(captured, row) else broken).append(i)
                 seen.add(i)
             yield "capture"
-        self._repaired += broken
-        return [self._watch.sequences[i] for i in broken]
+        self.broken += broken
+        return [self.watch.sequences[i] for i in broken]
+
+    def settle(
+        self, delta: Mapping[str, LowRank], batches: Seq[tuple[Captured, Mapping[int, int]]]
+    ) -> Generator[str, None, Watch]:
+        """What was watched before, with the leads that the turn leaves.
+
+        Args:
+            delta: the whole change of the turn.
+            batches: the last capture, and which of `broken` is where in a batch; below 0, none.
+        """
+        if not self._budget:
+            return self.watch
+        shift = yield from self._shift(delta)
+        for captured, at in batches:
+            index = {i: self.broken[item] for i, item in at.items() if item >= 0}
+            self.watch = self.watch.measured(captured, index, shift)
+        # Only what is lost counts: a lead that seems to grow saturates.
+        return replace(self.watch, drift=(self.watch.drift + shift).clamp_max(0.0))
+
+    def _shift(self, delta: Mapping[str, LowRank]) -> Generator[str, None, Tensor]:
+        """[r] first-order change of the leads in this turn."""
+        shift = torch.zeros_like(self.watch.lead)
+        for name, factor in delta.items():
+            shift += self.watch.shift(name, factor)
+            yield "solve"
+        return shift
+
+
+def _first_rows(captured: Captured) -> Tensor:
+    """[batch] the first row of each sequence; a sequence's rows are next to each other."""
+    counts = captured.owner.bincount()
+    return counts.cumsum(0) - counts
 
 
 def weakest(captured: Captured) -> list[list[int]]:
