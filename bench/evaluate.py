@@ -26,6 +26,7 @@ method. Seeds of worlds that defaults were chosen on (`tuning_seeds`) are not th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import inspect
 import json
@@ -51,6 +52,8 @@ from bench.train_model import answers, fit
 from bench.world import World
 from ultraedit_kernels import Editor, EditRequest, Statistics, comparison, metrics
 from ultraedit_kernels.data import Prompt, load_edits, split_turns
+from ultraedit_kernels.editor import EditOutcome
+from ultraedit_kernels.guards import GuardError
 from ultraedit_kernels.presets import PAPER, resolve_modules
 
 ROOT = Path(__file__).parent.parent
@@ -295,18 +298,17 @@ def edit(
     begun = time.perf_counter()
     editor = Editor(on.model, on.tokenizer, **{**scale.ours, **settings})
     editor.prepare()
-    outcomes = [
-        outcome
-        for turn in split_turns(requests, scale.turn_size)
-        for outcome in editor.apply(turn).edits
-    ]
+    outcomes: list[EditOutcome] = []
+    for turn in split_turns(requests, scale.turn_size):
+        with contextlib.suppress(GuardError):  # then none of its edits is made
+            outcomes += editor.apply(turn).edits
     seconds = time.perf_counter() - begun
     scores = on.score()
     editor.rollback(0)
     return {
         "seconds": seconds,
-        "held_when_made": sum(o.succeeded for o in outcomes) / len(outcomes),
-        "rounds": sum(o.rounds for o in outcomes) / len(outcomes),
+        "held_when_made": sum(o.succeeded for o in outcomes) / len(requests),
+        "rounds": sum(o.rounds for o in outcomes) / max(1, len(outcomes)),
         **scores,
     }
 
@@ -362,7 +364,8 @@ def lifelong(source: Source, folder: Path, scale: Scale, draw: int, variant: str
         try:
             for turn in split_turns(whole.requests, scale.turn_size):
                 begun = time.perf_counter()
-                held += sum(outcome.succeeded for outcome in editor.apply(turn).edits)
+                with contextlib.suppress(GuardError):
+                    held += sum(outcome.succeeded for outcome in editor.apply(turn).edits)
                 seconds.append(time.perf_counter() - begun)
                 done += len(turn)
                 if variant == "statistics frozen" and len(seconds) == FREEZE_AFTER:

@@ -4,7 +4,7 @@
 
 Three vLLM servers of the bundled model run side by side, and one at a time is asked. The first
 takes the edits through /v1/edits. Then rounds of windows follow: that server at version 0, the same
-with the change of all edits, bit for bit; a second one that differs in nothing but LoRA, without
+with the change of all edits; a second one that differs in nothing but LoRA, without
 its adapter and with it; and a third one without the plugin. Versions are switched while the server
 runs. Ratios are of windows of the same round, so that what else the machine does falls on both.
 """
@@ -41,7 +41,7 @@ from bench.machine import conditions
 from bench.report import RESULTS, serving_table
 from bench.world import World
 from ultraedit_kernels import EditDelta
-from ultraedit_kernels.delta import LowRank
+from ultraedit_kernels.delta import LowRank, digest_all
 
 DTYPE = torch.bfloat16
 CONCURRENCY = 16
@@ -125,20 +125,28 @@ def replay(deltas: Seq[EditDelta]) -> tuple[Weights, Weights]:
     """Edited weights, module → W [d_out, d_in], before the first and after the last delta."""
     checkpoint = load_file(MODEL / "model.safetensors")
     start = {name: checkpoint[f"{name}.weight"].to(DTYPE) for name in deltas[0].base}
-    end = {name: weight.clone() for name, weight in start.items()}
+    end = start
     for delta in deltas:
-        for name, factor in delta.factors.items():
-            factor.apply(end[name])
+        end = applied(delta, end)
     return start, end
 
 
 def merged(start: Weights, end: Weights, base: dict[str, str]) -> EditDelta:
-    """The whole change as one delta, exactly: its keys are the identity."""
+    """The whole change as one delta, whose keys are the identity: with it `start` becomes `end` but
+    for rounding a sum to float32, which shows where an end is 2¹⁵ times smaller than its start."""
     factors = {
         name: LowRank((end[name].float() - w.float()).T.contiguous(), torch.eye(w.shape[1]))
         for name, w in start.items()
     }
     return EditDelta(factors, base)
+
+
+def applied(delta: EditDelta, start: Weights) -> Weights:
+    """The weights that a delta makes of others."""
+    result = {name: weight.clone() for name, weight in start.items()}
+    for name, factor in delta.factors.items():
+        factor.apply(result[name])
+    return result
 
 
 def save_adapter(start: Weights, end: Weights, folder: Path) -> int:
@@ -258,7 +266,10 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
         ours.timeout = httpx.Timeout(600)
         edited = edit_server(ours, stream, list(wanted), alone)
         start, end = replay(edited.deltas)
-        change = merged(start, end, edited.deltas[0].base).to_bytes()
+        if digest_all(end) != edited.digest:
+            raise RuntimeError("the deltas replay to other weights than the edits gave")
+        change = merged(start, end, edited.deltas[0].base)
+        switched = digest_all(applied(change, start))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         rank = save_adapter(start, end, folder)
         lora = stack.enter_context(server(say, *EDITING, *lora_options(rank, start, folder)))
@@ -270,9 +281,9 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
         def ask_version(edit: bool) -> float:
             nonlocal version
             if edit and version == 0:
-                version = _apply(ours, change)
-                if served(ours) != edited.digest:
-                    raise RuntimeError("the merged delta gives other weights than the edits did")
+                version = _apply(ours, change.to_bytes())
+                if served(ours) != switched:
+                    raise RuntimeError("the merged delta gives other weights than it does here")
             elif version and not edit:
                 version = post(ours, "/v1/edits/rollback", {"version": 0})["version"]
             return ask(ours)

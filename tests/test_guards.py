@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 
 from tests.test_editor import AUSTEN, CHAT, SYDNEY, UNRELATED, answers, same, state
 from ultraedit_kernels import EditDelta, Editor, EditRequest, guards
+from ultraedit_kernels.algorithm import Settings
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.guards import Canary, GuardError, load_canaries, relative_change
 
 NONSENSE = EditRequest("xxxxx", "qzj " * 30)
-"""Does not hold, however far the weights are moved for it."""
+RECKLESS: dict[str, Any] = {"lr": 1.0, "rounds": 2}
+"""A step size with which a turn wrecks the model."""
 
 
 @pytest.fixture
@@ -49,28 +52,30 @@ def test_a_turn_reports_what_the_guards_measured(editor):
     assert [r["guards"] for r in editor.history()] == [first.guards, second.guards]
 
 
-def test_a_turn_that_wrecks_the_model_is_not_served(editor):
+def test_a_turn_that_wrecks_the_model_is_not_served(model, tokenizer):
+    editor = Editor(model, tokenizer, anchors=50, **RECKLESS)
     result = editor.apply([NONSENSE], commit=False)
     assert not result.edits[0].succeeded
     assert "the limit (max_change) is 2" in result.rejected
     error = refused(editor, "max_change", lambda: editor.apply([NONSENSE]))
     assert error.got > error.limit == guards.MAX_CHANGE
     assert str(error).endswith(result.rejected)
+    editor.settings = Settings()
     assert editor.apply([SYDNEY]).edits[0].succeeded  # and the next turn is not held up
     assert answers(editor, UNRELATED) == list(UNRELATED.values())
 
 
 def test_texts_of_its_own_stop_a_turn_that_small_norms_let_pass(model, tokenizer):
-    editor = Editor(model, tokenizer, anchors=50, max_change=1e6)
+    editor = Editor(model, tokenizer, anchors=50, max_change=1e6, **RECKLESS)
     error = refused(editor, "max_lost", lambda: editor.apply([NONSENSE]))
     assert 0.1 == error.limit < error.got <= 1
     assert editor.apply([NONSENSE], commit=False).rejected == error.reason
 
 
 def test_losses_of_earlier_turns_are_not_counted_again(model, tokenizer):
-    editor = Editor(model, tokenizer, anchors=50, max_change=1e6, max_lost=1.0)
+    editor = Editor(model, tokenizer, anchors=50, max_change=1e6, max_lost=1.0, **RECKLESS)
     assert editor.apply([NONSENSE]).guards["lost"] > 0.1
-    editor._max_lost = 0.1
+    editor._max_lost, editor.settings = 0.1, Settings()
     assert editor.apply([SYDNEY]).version == 2
 
 

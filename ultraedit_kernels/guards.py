@@ -28,7 +28,7 @@ from ultraedit_kernels.parallel import ShardedWeight
 MAX_CHANGE = 2.0
 """Most that a turn may change a weight: ‖W - W_start‖ / ‖W_start‖, Frobenius norms. On the bundled
 model, whose weights are small for what they hold, turns of one edit changed at most 0.26, of 20
-edits 0.72, of 100 edits 1.44; edits that could not hold 6.8 and 22."""
+edits 0.72, of 100 edits 1.44; a step size out of place, 6.8 and 22."""
 MAX_LOST = 0.1
 """Most of the model's own texts that a turn may make it continue otherwise, as a share. There, the
 same turns of edits that hold lost at most 0.015, the others 0.71 and 1."""

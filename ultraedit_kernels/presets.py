@@ -25,9 +25,11 @@ PAPER: dict[str, Any] = {
     "batch_size": 10,
     "statistics": "per-shape",
     "append_eos": False,
+    "max_change": 1e9,
 }
-"""UltraEdit as published, as keyword arguments of `Editor`. The step size suits the models of the
-paper; on others search for the best one (`lr · d_in` ≈ 0.0143 at the paper's widths)."""
+"""UltraEdit as published, which has no guards, as arguments of `Editor`. The step size suits the
+models of the paper; on others search for the best one (`lr · d_in` ≈ 0.0143 at the paper's
+widths)."""
 
 PAPER_TURN_SIZE = 100
 """Edits solved together in the paper."""

@@ -43,14 +43,14 @@ def test_every_draw_edits_different_facts_and_the_stream_is_longer_than_a_draw()
     assert all(edit["target"] != known[edit["prompt"]] for edit in stream)
 
 
-def test_the_merged_delta_gives_the_weights_of_all_deltas_bit_for_bit(deltas):
+def test_the_merged_delta_gives_the_weights_of_all_deltas(deltas):
     start, end = serving.replay(deltas)
+    assert {name: digest(weight) for name, weight in start.items()} == deltas[0].base
     one = EditDelta.from_bytes(serving.merged(start, end, deltas[0].base).to_bytes())
-    for name, weight in start.items():
-        assert digest(weight) == deltas[0].base[name]
-        assert not torch.equal(weight, end[name])
-        one.factors[name].apply(weight)
-        assert torch.equal(weight, end[name])
+    for name, weight in serving.applied(one, start).items():
+        change = (end[name].double() - start[name].double()).abs()
+        assert change.norm() > 0.1 * start[name].double().norm()
+        assert ((weight.double() - end[name].double()).abs() <= 2**-22 * change).all()
 
 
 def test_peft_makes_the_edited_weights_of_the_adapter(deltas, tmp_path):
