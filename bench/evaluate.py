@@ -111,6 +111,7 @@ class Scale:
     record_epochs: int = 30
     ours: dict[str, Any] = field(default_factory=dict)
     """Arguments of `Editor`; none, so that its defaults are measured."""
+    baselines: tuple[str, ...] = tuple(comparison.BASELINES)
     rates: dict[str, list[float]] | None = None
     """Baseline → learning rates, in place of `comparison.rates`."""
     frontier: dict[str, list[dict[str, Any]]] | None = None
@@ -261,7 +262,7 @@ def compare(source: Source, folder: Path, scale: Scale, draw: int) -> dict[str, 
     modules = resolve_modules(on.model, on.model.config, "auto")
     turns = list(split_turns(on.requests, scale.turn_size))
     rows: dict[str, Any] = {"untouched": on.score()}
-    for baseline in comparison.BASELINES:
+    for baseline in scale.baselines:
         tried = (scale.rates or {}).get(baseline)
         rows[baseline] = comparison.search(
             baseline, on.model, on.tokenizer, turns, modules, on.score, tried
@@ -587,6 +588,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--counterfact", metavar="FILE")
     parser.add_argument("--zsre", metavar="FILE")
+    parser.add_argument(
+        "--baselines", nargs="*", default=list(comparison.BASELINES), choices=comparison.BASELINES
+    )
     parser.add_argument("--dir", type=Path, default=ROOT / "build-evaluate")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -599,7 +603,8 @@ def main() -> None:
     if not args.report:
         given = {"counterfact": args.counterfact, "zsre": args.zsre}
         files = {part: file for part, file in given.items() if file}
-        run(args.parts or PARTS, Scale(), args.dir, files, args.workers)
+        scale = Scale(baselines=tuple(args.baselines))
+        run(args.parts or PARTS, scale, args.dir, files, args.workers)
     evaluate_report.write(args.dir / "results", ROOT / "bench" / "results", ROOT / "docs")
 
 

@@ -51,7 +51,7 @@ def entry(version: int) -> Entry:
 
 def snapshot(version: int) -> Snapshot:
     weights = {name: torch.full_like(weight, version) for name, weight in WEIGHTS.items()}
-    return Snapshot(weights, entry(version).statistics, Anchors.empty(WEIGHTS), 0)
+    return Snapshot(weights, entry(version).statistics, Anchors.empty(WEIGHTS))
 
 
 def add(journal: Journal) -> None:

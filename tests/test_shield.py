@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ultraedit_kernels import operations
-from ultraedit_kernels.shield import extend_shield, shielded, sketch, solve_shielded
+from ultraedit_kernels.shield import System, extend_shield, shielded, sketch
 
 
 def rows(n: int, width: int, seed: int) -> torch.Tensor:
@@ -21,9 +21,14 @@ def test_shielded_solve_is_the_solve_with_anchor_rows(n, m):
     shield = torch.zeros(0, 24, dtype=torch.float64)
     for part in anchors.split(3):  # anchors may come bit by bit
         shield = extend_shield(shield, part, 0.5, limit=100)
-    coeff, shielded = solve_shielded(keys, values, 0.5, shield)
-    assert coeff.shape == (n, 6) and shielded.shape == (n, 24)
-    assert torch.allclose(coeff.T @ shielded, expected, rtol=1e-9, atol=1e-11)
+    system = System(keys, 0.5, shield)
+    coeff = system.solve(values)
+    assert coeff.shape == (n, 6) and system.keys.shape == (n, 24)
+    assert torch.allclose(coeff.T @ system.keys, expected, rtol=1e-9, atol=1e-11)
+    assert torch.allclose(system.solve(2 * values), 2 * coeff)
+    assert torch.equal(
+        System(keys, 0.5, shield[:0]).solve(values), operations.solve(keys, values, 0.5)
+    )
 
 
 def test_sketch_is_exact_at_full_rank_and_the_best_below():

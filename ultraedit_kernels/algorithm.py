@@ -17,9 +17,9 @@ from ultraedit_kernels.anchors import Anchors
 from ultraedit_kernels.capture import Captured, capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
-from ultraedit_kernels.operations import edit_values, solve, update_statistics
+from ultraedit_kernels.operations import edit_values, update_statistics
 from ultraedit_kernels.parallel import norm, same
-from ultraedit_kernels.shield import shielded, solve_shielded
+from ultraedit_kernels.shield import System, shielded
 from ultraedit_kernels.statistics import Statistics
 from ultraedit_kernels.watch import LEAST_LEAD, Repairs, Watch, weakest
 
@@ -158,6 +158,7 @@ def turn(
                 stats[key] = update_statistics(stats[key], batch.keys[name], batch.grads[name])
         keys = {name: torch.cat([b.keys[name] for b in batches]) for name in weights}
         grads = {name: torch.cat([b.grads[name] for b in batches]) for name in weights}
+        systems = {n: System(keys[n], settings.ridge, anchors.keys[n]) for n in weights}
         lr = 1.0 if settings.lr == "auto" else settings.lr
         steps = ~rests[rows.item, None]
         values = {n: edit_values(keys[n], grads[n], stats[share[n]], lr) * steps for n in weights}
@@ -170,15 +171,14 @@ def turn(
             values = {n: v * ask[rows.item, None] for n, v in values.items()}
             moved = {}
             for n, v in values.items():
-                coeff, _ = _solve(keys[n], v.double(), settings.ridge, anchors.keys[n])
-                moved[n] = v - settings.ridge * coeff
+                moved[n] = v - settings.ridge * systems[n].solve(v.double())
             more = _ratio(rows.gain(values, grads), rows.gain(moved, grads)).clamp(1, MAX_GAIN)
             values = {n: v * more[rows.item, None] for n, v in values.items()}
             yield "solve"
 
         # Solve, and write W anew from its start, so that a replay rounds once, as this does.
         for name, weight in weights.items():
-            coeff, h = _solve(keys[name], values[name], settings.ridge, anchors.keys[name])
+            coeff, h = systems[name].solve(values[name]), systems[name].keys
             if settings.lr == "auto":
                 coeff = coeff * _trusted(coeff, h, limits[name])
             delta[name] = delta[name].append(same(weight, coeff), same(weight, h))
@@ -222,16 +222,10 @@ def wanted_margin(margin: float, phrasings: int) -> float:
     return max(margin / phrasings, min(margin, LEAST_MARGIN))
 
 
-def _solve(keys: Tensor, values: Tensor, ridge: float, shield: Tensor) -> tuple[Tensor, Tensor]:
-    """Y and the keys that it belongs to: ΔW = Yᵀ keys."""
-    if not len(shield):
-        return solve(keys, values, ridge), keys
-    return solve_shielded(keys, values, ridge, shield)
-
-
 def _trusted(coeff: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
     """The factor, at most 1, that keeps the Frobenius norm of Yᵀ keys within the limit."""
-    square = ((coeff @ coeff.T) * (keys @ keys.T)).sum().float()
+    h = keys.to(coeff.dtype)
+    square = ((coeff @ coeff.T) * (h @ h.T)).sum().float()
     return (limit / square.sqrt()).clamp_max(1.0).to(coeff.dtype)
 
 

@@ -104,6 +104,7 @@ def own_anchors(
     for name, rows in slopes.items():
         ridge_out = OUTPUT_RIDGE * float(rows.square().sum()) / rows.shape[1]
         anchors.outputs[name] = extend_shield(anchors.outputs[name], rows, ridge_out, limit)
+    watch = replace(watch, own=len(watch))
     return replace(anchors, watch=watch).hold(keys, ridge, limit)
 
 

@@ -146,7 +146,6 @@ class Editor:
         self._anchor_texts, self._anchor_rows = anchors, anchor_rows
         self._own: Anchors | None = None
         self._anchors: Anchors | None = None
-        self._own_watched = 0  # of the anchors' watch, the first that many are own texts
         self._share = {
             name: name if statistics == "per-module" else "x".join(map(str, weight.shape))
             for name, weight in self.weights.items()
@@ -451,10 +450,12 @@ class Editor:
             except GuardError as error:
                 logger.warning("at version %d already, %s", self.version, error.reason)
         if self._anchors is None:
-            anchors, self._own_watched = self._own, len(self._own.watch)
+            anchors = self._own
             first = self._journal.start(self.version)
-            if first and self._anchor_texts and (kept := self._journal.snapshot(first)).own:
-                anchors, self._own_watched = kept.anchors.like(self.weights), kept.own
+            if first and self._anchor_texts:
+                kept = self._journal.snapshot(first).anchors
+                if kept.watch.own:
+                    anchors = kept.like(self.weights)
             for version in range(first + 1, self.version + 1):
                 anchors = self._held(anchors, self._journal.entry(version))
             self._anchors = anchors
@@ -473,7 +474,7 @@ class Editor:
         anchors = anchors.hold(weighted, self.settings.ridge, self._anchor_rows)
         watch = anchors.watch.join(entry.watch)
         watch = watch.with_leads(entry.leads).without(entry.released)
-        surplus = range(self._own_watched, len(watch) - WATCHED_EDITS)
+        surplus = range(watch.own, len(watch) - WATCHED_EDITS)
         return replace(anchors, watch=watch.without(surplus))
 
     def _guard(self, start: Mapping[str, Tensor]) -> Generator[str, None, dict[str, float]]:
@@ -556,7 +557,7 @@ class Editor:
 
     def _snapshot(self, anchors: Anchors) -> None:
         weights = {name: whole(weight).cpu() for name, weight in self.weights.items()}
-        snapshot = Snapshot(weights, self._statistics, anchors, self._own_watched)
+        snapshot = Snapshot(weights, self._statistics, anchors)
         with self._in_turn():
             self._journal.write_snapshot(snapshot)
 

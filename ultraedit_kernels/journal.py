@@ -101,8 +101,6 @@ class Snapshot:
     """Module → W [d_out, d_in]."""
     statistics: dict[str, Statistics]
     anchors: Anchors
-    own: int
-    """Of the watched sequences, how many come first that the model wrote itself."""
 
 
 class Journal:
@@ -201,7 +199,6 @@ class Journal:
                 weights,
                 from_tensors(tensors, json.loads(metadata["statistics_d_in"])),
                 Anchors(keys, outputs, Watch.from_tensors(_part(tensors, "watch."))),
-                int(metadata["own"]),
             )
 
     def append(self, entry: Entry) -> None:
@@ -236,7 +233,7 @@ class Journal:
         }
         tensors = {f"{part}.{n}": t for part, named in parts.items() for n, t in named.items()}
         tensors |= statistics | {"records": torch.frombuffer(bytearray(records), dtype=torch.uint8)}
-        metadata = {"statistics_d_in": json.dumps(d_in), "own": str(snapshot.own)}
+        metadata = {"statistics_d_in": json.dumps(d_in)}
         if self._writes:
             self._write(self._snapshot_path(version), tensors, metadata)
         self._snapshots.append(version)

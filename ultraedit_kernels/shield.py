@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ultraedit_kernels.torch_backend import solve_gram
+from ultraedit_kernels import operations
+from ultraedit_kernels.torch_backend import cholesky, solve_gram
 
 
 def sketch(rows: Tensor, limit: int) -> Tensor:
@@ -51,15 +52,30 @@ def shielded(rows: Tensor, shield: Tensor) -> Tensor:
     return rows - (rows @ b.T) @ b
 
 
-def solve_shielded(
-    keys: Tensor, values: Tensor, ridge: float, shield: Tensor
-) -> tuple[Tensor, Tensor]:
-    """As `operations.solve` with anchors, in an n × n system: coeff [n, d_out], keys [n, d_in].
+class System:
+    """The ridge system of keys H [n, d_in] beside a shield B, to be solved for several values.
 
-    The anchors' values are zero, so their coefficients follow from the others. Without them,
-    Y = (H̃Hᵀ + λI)⁻¹V and ΔW = YᵀH̃ with the shielded keys H̃ = H(I - BᵀB).
+    As `operations.solve` with anchors, but n × n: the anchors' values are zero, so their
+    coefficients follow from the others. Without them, Y = (H̃Hᵀ + λI)⁻¹V and ΔW = YᵀH̃ with the
+    shielded keys H̃ = H(I - BᵀB).
     """
-    h = keys.double()
-    taken = h @ shield.T
-    coeff = solve_gram((h @ h.T).addmm_(taken, taken.T, alpha=-1), values, ridge)
-    return coeff, (h - taken @ shield).to(values.dtype)
+
+    keys: Tensor
+    """H̃ [n, d_in]; without a shield, the keys themselves."""
+
+    def __init__(self, keys: Tensor, ridge: float, shield: Tensor) -> None:
+        self._ridge, self._shielded = ridge, len(shield) > 0
+        if not self._shielded:
+            self.keys = keys
+            return
+        h = keys.double()
+        taken = h @ shield.T
+        self._gram = (h @ h.T).addmm_(taken, taken.T, alpha=-1)
+        self._factor = cholesky(self._gram, ridge)
+        self.keys = (h - taken @ shield).to(torch.promote_types(keys.dtype, torch.float32))
+
+    def solve(self, values: Tensor) -> Tensor:
+        """Y [n, d_out] for values [n, d_out]; float64 if they are, else float32."""
+        if not self._shielded:
+            return operations.solve(self.keys, values, self._ridge)
+        return solve_gram(self._gram, values, self._ridge, self._factor)

@@ -71,7 +71,7 @@ def solve(keys: Tensor, values: Tensor, ridge: float, anchors: Tensor | None) ->
         return solve_gram(gram_matrix(rows), values, ridge)
     # Primal: X = ΔWᵀ = HᵀY from the smaller system, then Y from (HHᵀ + λI) Y = V.
     h, right = rows.double(), _padded(values, len(rows))
-    x = _solve_symmetric(h.T @ h, h.T @ right, ridge)
+    x = torch.cholesky_solve(h.T @ right, cholesky(h.T @ h, ridge))
     coeff = (right - h @ x) / ridge
     if values.dtype == torch.float64:
         return coeff.contiguous()
@@ -88,8 +88,9 @@ def _of_smallest_terms(h: Tensor, norms: Tensor, x: Tensor) -> Tensor:
     gram = unit.T @ unit
     # Rounding has left X and ĤᵀĤ, if singular, on either side of zero.
     noise = sum(h.shape) * torch.finfo(h.dtype).eps * float(gram.diagonal().sum())
-    y = _solve_symmetric(gram.clone(), x, noise)
-    y += _solve_symmetric(gram.clone(), x - gram @ y, noise)  # what the noise term took
+    factor = cholesky(gram, noise)
+    y = torch.cholesky_solve(x, factor)
+    y += torch.cholesky_solve(x - gram @ y, factor)  # what the noise term took
     return unit @ y / norms
 
 
@@ -105,7 +106,7 @@ def gram_matrix(rows: Tensor) -> Tensor:
     return gram
 
 
-def solve_gram(gram: Tensor, values: Tensor, ridge: float) -> Tensor:
+def solve_gram(gram: Tensor, values: Tensor, ridge: float, factor: Tensor | None = None) -> Tensor:
     """Coefficients Y = (gram + λI)⁻¹ V for a gram matrix HHᵀ.
 
     Keys that are nearly dependent under values that conflict have large coefficients that cancel in
@@ -113,24 +114,23 @@ def solve_gram(gram: Tensor, values: Tensor, ridge: float) -> Tensor:
     cost ΔW = YᵀH its digits; V - λY is then no longer what the outputs move by.
 
     Args:
-        gram: [m, m] float64, of which the lower half is read; overwritten.
+        gram: [m, m] float64, of which the lower half is read.
         values: [n, d_out], n ≤ m: those of the first rows; the others' are zero.
         ridge: λ above 0.
+        factor: `cholesky(gram, ridge)`, if it is known.
 
     Returns:
         [m, d_out], contiguous; float64 if values are, else float32.
     """
     right = _padded(values, len(gram))
-    squares = gram.diagonal().clone()
-    coeff = _solve_symmetric(gram, right, ridge)
+    coeff = torch.cholesky_solve(right, cholesky(gram, ridge) if factor is None else factor)
     if values.dtype == torch.float64:
         return coeff.contiguous()
-    norms = squares.clamp_min(0).sqrt()[:, None]
+    norms = gram.diagonal().clamp_min(0).sqrt()[:, None]
     rounded = coeff.to(torch.float32, memory_format=torch.contiguous_format)
     # HHᵀY = V - λY, so ‖YᵀH‖² = tr(Yᵀ(V - λY)).
     change = torch.sum(rounded[: len(values)] * values) - ridge * rounded.square().sum()
     if _cancel(norms, rounded, change):
-        gram.diagonal().copy_(squares)
         rounded = _without_null_space(gram, norms, coeff).float()
     return rounded
 
@@ -141,10 +141,13 @@ def _padded(values: Tensor, rows: int) -> Tensor:
     return right
 
 
-def _solve_symmetric(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """(matrix + λI)⁻¹ right by Cholesky; of the matrix, which is overwritten, the lower half."""
+def cholesky(matrix: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of matrix + λI; of the matrix, left as it is, the lower half is read."""
+    diagonal = matrix.diagonal().clone()
     matrix.diagonal().add_(ridge)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+    factor = torch.linalg.cholesky(matrix)
+    matrix.diagonal().copy_(diagonal)
+    return factor
 
 
 def _cancel(norms: Tensor, coeff: Tensor, change: Tensor) -> bool:

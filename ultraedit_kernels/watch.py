@@ -29,8 +29,8 @@ SAME_KEY = 0.55
 """Cosine of shielded keys, mean over the modules, from which on two prompts ask for the same fact.
 Of texts seen to make an edit's substitution, 5 % of those that spoke of its subject had less than
 0.54, 5 % of those that did not more than 0.61 (100 edits of a small model of made-up facts)."""
-CHECKS = 2
-"""Times that a turn looks at what is watched: once every edit holds, and after the repairs."""
+CHECKS = 3
+"""Times that a turn looks at what is watched: once every edit holds, and at edits after repairs."""
 ROWS = 4
 """Tokens of a sequence that are kept, the weakest ones."""
 
@@ -40,6 +40,8 @@ class Watch:
     """Sequences, w in all, and the weakest tokens of each, r in all."""
 
     sequences: list[Sequence]
+    own: int
+    """Of them, how many come first that are texts of the model's own."""
     owner: Tensor
     """[r] int64: the sequence that each token belongs to."""
     place: Tensor
@@ -59,7 +61,7 @@ class Watch:
         keys = {name: w.new_zeros(0, w.shape[1]) for name, w in weights.items()}
         slopes = {name: w.new_zeros(0, w.shape[0]) for name, w in weights.items()}
         owner = torch.zeros(0, dtype=torch.long, device=next(iter(weights.values())).device)
-        return cls([], owner, owner, keys, slopes, owner.float(), owner.float())
+        return cls([], 0, owner, owner, keys, slopes, owner.float(), owner.float())
 
     @classmethod
     def of(cls, captured: Captured, sequences: Mapping[int, Sequence], rows: Seq[int]) -> Watch:
@@ -70,6 +72,7 @@ class Watch:
         slopes, lead = lead_slopes(captured), captured.margin[at].float()
         return cls(
             list(sequences.values()),
+            0,
             owner.to(at.device),
             at - _first_rows(captured)[captured.owner[at]],
             {name: keys[at] for name, keys in captured.keys.items()},
@@ -89,6 +92,7 @@ class Watch:
 
         return Watch(
             self.sequences + other.sequences,
+            self.own + other.own,
             joined(self.owner, other.owner + len(self)),
             joined(self.place, other.place),
             {name: joined(keys, other.keys[name]) for name, keys in self.keys.items()},
@@ -106,6 +110,7 @@ class Watch:
         rows = keep[self.owner]
         return Watch(
             [s for i, s in enumerate(self.sequences) if i not in gone],
+            self.own - sum(i < self.own for i in gone),
             (keep.cumsum(0) - 1)[self.owner[rows]],
             self.place[rows],
             {name: keys[rows] for name, keys in self.keys.items()},
@@ -163,6 +168,7 @@ class Watch:
         return {
             "tokens": tokens,
             "prompt": prompt,
+            "own": torch.tensor([self.own]),
             "owner": self.owner.cpu(),
             "place": self.place.cpu(),
             "lead": self.lead.cpu(),
@@ -182,7 +188,7 @@ class Watch:
         )
         sequences = [Sequence(r[:n], r[n:]) for r, n in zip(rows, lengths, strict=True)]
         owner, place, lead, drift = (tensors[n] for n in ("owner", "place", "lead", "drift"))
-        return cls(sequences, owner, place, keys, slopes, lead, drift)
+        return cls(sequences, int(tensors["own"]), owner, place, keys, slopes, lead, drift)
 
 
 class Repairs:
@@ -251,8 +257,11 @@ class Repairs:
         shift = yield from self._shift(delta)
         threat = self.watch.threat(shift)
         threat[self.released + self.broken] = 0.0
-        worst = threat.argsort(descending=True)[: self._budget].tolist()
-        threatened = [i for i in worst if threat[i] > THREAT]
+        worst = [i for i in threat.argsort(descending=True).tolist() if threat[i] > THREAT]
+        # Edits come first; the later looks are for what repairs of other texts broke of them.
+        first = self.due == CHECKS
+        worst.sort(key=lambda i: i < self.watch.own)
+        threatened = [i for i in worst if first or i >= self.watch.own][: self._budget]
         self.due, self.checked = self.due - 1, self.checked + len(threatened)
         broken: list[int] = []
         for start in range(0, len(threatened), batch_size):

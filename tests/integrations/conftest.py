@@ -26,6 +26,8 @@ import pytest
 
 MODEL = Path(__file__).parents[2] / "bench" / "tiny-facts"
 API_KEY = "secret"
+CANARY = {"prompt": "The capital of Norway is", "answer": "Oslo"}
+"""No turn may change it."""
 WORKER = "ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
 
 
@@ -113,12 +115,18 @@ class Server:
 def _start(
     model: Path, port: int, state_dir: Path, log: Path, *options: str
 ) -> subprocess.Popen[bytes]:
-    settings = '{"ultraedit": {"anchors": 32, "state_dir": "%s"}}' % state_dir  # noqa: UP031
+    settings = {"anchors": 32, "state_dir": str(state_dir), "canaries": [CANARY]}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model), "--served-model-name", model.name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY]
     command += ["--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details"]
-    command += ["--worker-extension-cls", WORKER, "--additional-config", settings, *options]
+    command += [
+        "--worker-extension-cls",
+        WORKER,
+        "--additional-config",
+        json.dumps({"ultraedit": settings}),
+        *options,
+    ]
     environment = os.environ | {
         "VLLM_PLUGINS": "ultraedit",
         "VLLM_CPU_KVCACHE_SPACE": "1",

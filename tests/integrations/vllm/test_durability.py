@@ -19,8 +19,8 @@ from ultraedit_kernels import journal
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 pytestmark = pytest.mark.vllm
 
-NONSENSE = {"prompt": "xxxxx", "target": "qzj " * 30}
-"""Does not hold, however far the weights are moved for it."""
+FORBIDDEN = {"prompt": "The capital of Norway is", "target": "Bergen"}
+"""Breaks the server's canary."""
 
 
 class Client:
@@ -126,16 +126,16 @@ def test_a_second_server_on_the_directory_is_refused(
     assert holder in {process.pid for process in children}
 
 
-def test_a_turn_that_would_wreck_the_model_is_refused(server: Any) -> None:
+def test_a_turn_that_breaks_a_canary_is_refused(server: Any) -> None:
     digest = server.rollback(0)["digest"]
-    response = server.client.post("/v1/edits", json={"edits": [NONSENSE]})
+    response = server.client.post("/v1/edits", json={"edits": [FORBIDDEN]})
     assert response.status_code == 422, response.text
     error = response.json()["error"]
     assert error["type"] == "UnprocessableEntityError" and error["code"] == 422
     assert error["message"].startswith("the turn was rejected, nothing is changed: ")
 
-    report = server.edit(NONSENSE, dry_run=True)
-    assert not report["edits"][0]["succeeded"]
+    report = server.edit(FORBIDDEN, dry_run=True)
+    assert report["edits"][0]["after"] == "Bergen"
     assert report["rejected"] == error["message"].partition("changed: ")[2]
     assert server.rollback(0)["digest"] == digest
     assert server.edit({"prompt": "The capital of Peru is", "target": "Lima"})["rejected"] is None
