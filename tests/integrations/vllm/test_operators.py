@@ -267,9 +267,9 @@ def test_an_audit_file_can_be_renamed_and_be_lost(guarded: Any, admin: httpx.Cli
 
 
 def test_a_guard_s_rejection_is_422(server: Any) -> None:
-    far = [{"prompt": f"The capital of {n} is", "target": "x y z " * 8} for n in "ABCDEFGH"]
+    forbidden = {"prompt": "The capital of Norway is", "target": "Bergen"}  # breaks a canary
     before = samples(server.client).get('ultraedit_failures_total{reason="rejected"}', 0)
-    error = error_of(server.client.post("/v1/edits", json={"edits": far}), 422)
+    error = error_of(server.client.post("/v1/edits", json={"edits": [forbidden]}), 422)
     assert "rejected" in error["message"]
     assert samples(server.client)['ultraedit_failures_total{reason="rejected"}'] == before + 1
     assert server.client.get("/v1/edits").json()["data"] == []
