@@ -113,9 +113,9 @@ class Server:
 
 
 def _start(
-    model: Path, port: int, state_dir: Path, log: Path, *options: str
+    model: Path, port: int, state_dir: Path, log: Path, *options: str, anchors: int = 32
 ) -> subprocess.Popen[bytes]:
-    settings = {"anchors": 32, "state_dir": str(state_dir), "canaries": [CANARY]}
+    settings = {"anchors": anchors, "state_dir": str(state_dir), "canaries": [CANARY]}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(model), "--served-model-name", model.name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY]
@@ -140,15 +140,16 @@ def _start(
 
 
 @contextmanager
-def _running(directory: Path, *options: str) -> Iterator[Server]:
-    """A server of the bundled model whose log and journal are kept in the directory."""
+def _running(directory: Path, *options: str, anchors: int = 32) -> Iterator[Server]:
+    """A server of the bundled model whose log and journal are kept in the directory. It starts
+    sooner with few anchors."""
     pytest.importorskip("vllm")
     state_dir, log = directory / "state", directory / "server.log"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    process = _start(MODEL, port, state_dir, log, *options)
+    process = _start(MODEL, port, state_dir, log, *options, anchors=anchors)
     headers = {"Authorization": f"Bearer {API_KEY}"}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
@@ -164,8 +165,9 @@ def _running(directory: Path, *options: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with _running(tmp_path_factory.mktemp("server"), "--dtype", "float32") as server:
+def live_server(tmp_path_factory: pytest.TempPathFactory, soak: bool) -> Iterator[Server]:
+    directory, anchors = tmp_path_factory.mktemp("server"), 2000 if soak else 32
+    with _running(directory, "--dtype", "float32", anchors=anchors) as server:
         yield server
 
 
