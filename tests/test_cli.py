@@ -255,7 +255,7 @@ def test_a_server_is_not_edited(edits: Path, capsys: pytest.CaptureFixture[str])
 def test_help_tells_the_editors_defaults() -> None:
     defaults = inspect.signature(Editor).parameters
     hints = typing.get_type_hints(cli.edit, include_extras=True)
-    for name in ("lr", "rounds", "margin", "anchors"):
+    for name in ("lr", "rounds", "margin", "anchors", "repairs"):
         assert hints[name].__metadata__[0].show_default == str(defaults[name].default)
     told = hints["turn_size"].__metadata__[0].show_default
     assert told == str(presets.PAPER_TURN_SIZE)

@@ -97,7 +97,7 @@ Margin = Annotated[
     typer.Option(
         min=0.0,
         metavar="X",
-        show_default="2.6",
+        show_default="3.8",
         help="Logits by which a target token must lead for an edit to hold.",
         rich_help_panel=_HOW,
     ),
@@ -109,6 +109,16 @@ Anchors = Annotated[
         metavar="N",
         show_default="2000",
         help="Texts of the model's own that are held still and watched.",
+        rich_help_panel=_HOW,
+    ),
+]
+Repairs = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        show_default="200",
+        help="Most earlier edits and sampled texts that a turn checks at a time and repairs.",
         rich_help_panel=_HOW,
     ),
 ]
@@ -205,6 +215,7 @@ def edit(
     rounds: Rounds = None,
     margin: Margin = None,
     anchors: Anchors = None,
+    repairs: Repairs = None,
     published: Published = False,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -215,7 +226,7 @@ def edit(
     not hold; they are listed.
     """
     _need_transformers()
-    settings = _settings(published, lr, rounds, margin, anchors, seed, modules)
+    settings = _settings(published, lr, rounds, margin, anchors, repairs, seed, modules)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; name a new one with -o")
     if delta is not None:
@@ -256,6 +267,7 @@ def evaluate(
     rounds: Rounds = None,
     margin: Margin = None,
     anchors: Anchors = None,
+    repairs: Repairs = None,
     published: Published = False,
     baselines: Annotated[
         bool,
@@ -279,11 +291,11 @@ def evaluate(
     _need_transformers()
     from ultraedit_kernels import metrics
 
-    settings = _settings(published, lr, rounds, margin, anchors, seed, modules)
+    settings = _settings(published, lr, rounds, margin, anchors, repairs, seed, modules)
     if json_file not in (None, "-"):
         _check_folder(Path(str(json_file)))
     if server is not None:
-        given = (turn_size, modules, lr, rounds, margin, anchors, published or None)
+        given = (turn_size, modules, lr, rounds, margin, anchors, repairs, published or None)
         if baselines or any(option is not None for option in given):
             raise typer.BadParameter(
                 "a server is scored as it is; leave out the options of editing",
@@ -387,13 +399,15 @@ def _settings(
     rounds: int | None,
     margin: float | None,
     anchors: int | None,
+    repairs: int | None,
     seed: int,
     modules: list[str] | None,
 ) -> dict[str, Any]:
     """Keyword arguments of the Editor; those left out have its defaults."""
     from ultraedit_kernels.presets import PAPER
 
-    given: dict[str, Any] = {"lr": lr, "rounds": rounds, "margin": margin, "anchors": anchors}
+    given: dict[str, Any] = {"lr": lr, "rounds": rounds, "margin": margin}
+    given |= {"anchors": anchors, "repairs": repairs}
     given = {name: value for name, value in given.items() if value is not None}
     if published:
         for name, value in given.items():

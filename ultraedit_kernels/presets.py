@@ -22,6 +22,7 @@ PAPER: dict[str, Any] = {
     "rounds": 1,
     "margin": 0.0,
     "anchors": 0,
+    "repairs": 0,
     "batch_size": 10,
     "statistics": "per-shape",
     "append_eos": False,
