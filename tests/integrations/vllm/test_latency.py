@@ -87,6 +87,7 @@ def streaming(server: Any, count: int) -> Iterator[Streams]:
             reader.result()
 
 
+@pytest.mark.soak
 def test_streams_go_on_while_turns_commit(
     server: Any, soak: bool, figure: Callable[..., None]
 ) -> None:
