@@ -185,7 +185,7 @@ STEPS = {
     "logits": (f"{PARALLEL}.all_gather", 1),
     "later": (f"{PARALLEL}.all_reduce", 40),
     "gathered": (f"{PARALLEL}.all_gather+", 2),
-    "solve": ("ultraedit_kernels.algorithm:_solve", 1),
+    "solve": ("ultraedit_kernels.shield:System.solve", 1),
     "update": ("ultraedit_kernels.delta:LowRank.apply", 1),
     "guard": ("ultraedit_kernels.guards:check_change", 1),
     "record": (f"{EDITOR}:Editor.digest", 1),
