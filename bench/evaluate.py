@@ -112,6 +112,7 @@ class Scale:
     ours: dict[str, Any] = field(default_factory=dict)
     """Arguments of `Editor`; none, so that its defaults are measured."""
     baselines: tuple[str, ...] = tuple(comparison.BASELINES)
+    """What ours is compared with."""
     rates: dict[str, list[float]] | None = None
     """Baseline → learning rates, in place of `comparison.rates`."""
     frontier: dict[str, list[dict[str, Any]]] | None = None

@@ -110,7 +110,9 @@ def _comparison(part: str, results: list[Result]) -> str:
         cells = [_with_interval(values) if values else "–" for values in columns]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     ratio = [
-        r["methods"]["ours"]["seconds"] / r["methods"]["published"]["seconds"] for r in results
+        r["methods"]["ours"]["seconds"] / r["methods"]["published"]["seconds"]
+        for r in results
+        if "published" in r["methods"]
     ]
     rates = {
         method: ", ".join(f"{r['methods'][method]['lr']:.2g}" for r in results)
@@ -129,7 +131,7 @@ def _comparison(part: str, results: list[Result]) -> str:
         "mean of efficacy, generalisation and specificity: "
         + "; ".join(f"{method} {values}" for method, values in rates.items())
         + ".",
-        f"Time of ours ÷ published: {_with_interval(ratio)}.",
+        *([f"Time of ours ÷ published: {_with_interval(ratio)}."] if ratio else []),
         _conditions(results),
     ]
     return "\n".join([f"## {TITLES[part]}", "", *lines, "", *"\n\n".join(notes).split("\n")])

@@ -21,10 +21,11 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.integrations.vllm.test_endpoint import CAPITAL, error_of
+
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-CAPITAL = {"prompt": "The capital of Australia is", "target": "Sydney"}
 EDIT_KEYS = ["first-edit-key", "second-edit-key"]
 ROUTES = [
     ("POST", "/v1/edits"),
@@ -35,14 +36,6 @@ ROUTES = [
     ("POST", "/v1/edits/apply"),
     ("POST", "/v1/edits/rollback"),
 ]
-
-
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
-    return error
 
 
 @pytest.fixture(scope="module")
