@@ -58,7 +58,8 @@ class LowRank:
         """W ← W + ΔW in place; of a divided weight, this rank's part."""
         if isinstance(weight, ShardedWeight):
             shard = weight.shard
-            LowRank(shard.part(self.coeff, 0), shard.part(self.keys, 1)).apply(weight.local)
+            if weight.local.numel():
+                LowRank(shard.part(self.coeff, 0), shard.part(self.keys, 1)).apply(weight.local)
             return
         rank_k_update_(weight, self.coeff.to(weight.device), self.keys.to(weight.device))
 

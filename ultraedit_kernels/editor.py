@@ -96,6 +96,8 @@ class Editor:
         state_dir: directory of the versions; continued if it holds some, with the anchors that it
             holds. In memory if None. The editor keeps other processes out until `close`.
         keep: newest versions in the state directory that can be returned to at least.
+        writes: if not, another editor of the same model writes the state directory, and this one
+            makes each change after it.
         max_change: most that a turn may change a weight, as a share of its norm.
         max_lost: most of the model's own texts, as a share, that a turn may make it continue
             otherwise.
@@ -127,6 +129,7 @@ class Editor:
         append_eos: bool = True,
         state_dir: str | Path | None = None,
         keep: int = 100,
+        writes: bool = True,
         max_change: float = guards.MAX_CHANGE,
         max_lost: float = guards.MAX_LOST,
         canaries: str | Path | Seq[Mapping[str, Any]] = (),
@@ -161,8 +164,8 @@ class Editor:
         self._base = {name: digest(weight) for name, weight in self.weights.items()}
         with self._in_turn():  # the first rank writes, the others read
             ranks = ranks_of(model)
-            writes = ranks is None or ranks.rank == 0
-            self._journal = Journal(state_dir, self._base, keep, writes)
+            first = ranks is None or ranks.rank == 0
+            self._journal = Journal(state_dir, self._base, keep, writes and first)
         self.rollback(len(self._journal))
 
     def close(self) -> None:
@@ -296,20 +299,23 @@ class Editor:
             )
         start = {name: weight.clone() for name, weight in self.weights.items()}
         try:
-            statistics = self._replay(version)
-            with self._in_turn():
-                self._journal.truncate(version)
+            self.forget(version, self.replay(version))
         except BaseException:
             self._set_weights(start)
             raise
+
+    def forget(self, version: int, statistics: Mapping[str, Statistics]) -> None:
+        """The second half of `rollback`: with the weights of `replay`, forget later versions."""
+        with self._in_turn():
+            self._journal.truncate(version)
         self._statistics = {
             name: stats.to(self._first_statistics[name].mean.device)
             for name, stats in statistics.items()
         }
         self._anchors = None
 
-    def _replay(self, version: int) -> dict[str, Statistics]:
-        """Write the weights of a version; its statistics."""
+    def replay(self, version: int) -> dict[str, Statistics]:
+        """The first half of `rollback`: write the weights of a version. Returns its statistics."""
         first, statistics = self._journal.start(version), self._first_statistics
         if first:
             snapshot = self._journal.snapshot(first)

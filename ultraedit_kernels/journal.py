@@ -236,8 +236,10 @@ class Journal:
         metadata = {"statistics_d_in": json.dumps(d_in)}
         if self._writes:
             self._write(self._snapshot_path(version), tensors, metadata)
-        self._snapshots.append(version)
-        self._let_go()
+            self._snapshots.append(version)
+            self._let_go()
+        else:
+            self._snapshots = self._versions("snapshot-")[-2:]
 
     def truncate(self, version: int) -> None:
         """Forget all versions after `version`: all of them, or none if it raises."""
@@ -319,8 +321,6 @@ class Journal:
     def _let_go(self) -> None:
         """Remove what the last two snapshots have made superfluous."""
         old, self._snapshots = self._snapshots[:-2], self._snapshots[-2:]
-        if not self._writes:
-            return
         for version in old:
             self._snapshot_path(version).unlink()
         if len(self._snapshots) == 2:

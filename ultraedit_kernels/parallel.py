@@ -5,6 +5,9 @@ output's features; a row-parallel layer holds some columns, and its ranks' outpu
 between the two every feature is whole on every rank, inside the blocks each has its share of the
 heads and of the width. Capture gathers keys and gradients, so that every rank solves for the same
 change and applies its share of it: a delta does not depend on the number of ranks.
+
+Under pipeline parallelism a rank has some of the layers. What it edits of the others it knows as a
+weight of which it has no part.
 """
 
 from __future__ import annotations
@@ -105,12 +108,19 @@ class Ranks:
         dist.all_gather(parts, x, group=self._data)
         return torch.cat(parts, dim)
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        """Rank 0's x."""
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """One rank's x, of equal shape on all."""
         x = x.clone(memory_format=torch.contiguous_format)
         self.agree()
-        dist.broadcast(x, group=self._data, group_src=0)
+        dist.broadcast(x, group=self._data, group_src=source)
         return x
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """All ranks' values, which are pickled."""
+        values = [None] * self.size
+        self.agree()
+        dist.all_gather_object(values, value, group=self._control)
+        return values
 
 
 @dataclass(frozen=True)
@@ -120,16 +130,23 @@ class Shard:
     dim: int
     """The dimension that is divided: 0 in a column-parallel layer, 1 in a row-parallel one."""
     ranks: Ranks
+    shape: tuple[int, int]
+    """Of the whole weight."""
+    owners: tuple[int, ...]
+    """The ranks that have a part, in the order of the parts; the others' part is empty."""
 
     def cut(self, weight: Tensor) -> Tensor:
         """This rank's part of a weight [d_out, d_in]."""
-        return weight.chunk(self.ranks.size, self.dim)[self.ranks.rank]
+        return self._own(weight, self.dim)
 
     def part(self, rows: Tensor, dim: int) -> Tensor:
         """This rank's columns of rows [n, d], whose d is dimension `dim` of the weight."""
-        if dim != self.dim:
-            return rows
-        return rows.chunk(self.ranks.size, 1)[self.ranks.rank].contiguous()
+        return rows if dim != self.dim else self._own(rows, 1).contiguous()
+
+    def _own(self, x: Tensor, dim: int) -> Tensor:
+        if self.ranks.rank not in self.owners:
+            return x.narrow(dim, 0, 0)
+        return x.chunk(len(self.owners), dim)[self.owners.index(self.ranks.rank)]
 
     def whole(self, rows: Tensor, dim: int) -> Tensor:
         """The same rows [n, d] on all ranks, from this rank's columns of them."""
@@ -143,15 +160,22 @@ class ShardedWeight:
     """
 
     def __init__(self, local: Tensor, shard: Shard) -> None:
-        self.local, self.shard = local, shard
-        d_out, d_in = local.shape
-        size = shard.ranks.size
-        self.shape = (d_out * size, d_in) if shard.dim == 0 else (d_out, d_in * size)
+        self.local, self.shard, self.shape = local, shard, shard.shape
         self.dtype, self.device = local.dtype, local.device
 
     def whole(self) -> Tensor:
         """The weight [d_out, d_in], gathered from all ranks."""
-        return self.shard.ranks.all_gather(self.local, self.shard.dim)
+        shard, ranks = self.shard, self.shard.ranks
+        if len(shard.owners) == ranks.size:
+            return ranks.all_gather(self.local, shard.dim)
+        shape = list(self.shape)
+        shape[shard.dim] //= len(shard.owners)
+        parts = [
+            self.local if owner == ranks.rank else self.local.new_empty(shape)
+            for owner in shard.owners
+        ]
+        sent = [ranks.broadcast(p, owner) for p, owner in zip(parts, shard.owners, strict=True)]
+        return torch.cat(sent, shard.dim)
 
     def copy_(self, source: ShardedWeight | Tensor) -> ShardedWeight:
         """From the same part, or from a whole weight."""
@@ -253,8 +277,10 @@ def shard_linear(module: Any, dim: int, ranks: Ranks) -> None:
         y = _Sum.apply(nn.functional.linear(x, module.weight), ranks)
         return y if module.bias is None else y + module.bias
 
+    d_out, d_in = module.weight.shape
+    shape = (d_out, d_in * ranks.size) if dim else (d_out * ranks.size, d_in)
     module.forward = rows if dim else columns
-    module.shard = Shard(dim, ranks)
+    module.shard = Shard(dim, ranks, shape, tuple(range(ranks.size)))
 
 
 def shard_embedding(module: Any, ranks: Ranks) -> None:

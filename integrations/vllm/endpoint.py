@@ -186,7 +186,8 @@ router = APIRouter(
     tags=["edits"],
     route_class=_Route,
     responses={
-        code: {"model": ErrorBody} for code in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503)
+        code: {"model": ErrorBody}
+        for code in (400, 401, 403, 404, 409, 413, 422, 429, 500, 501, 503)
     },
 )
 Version = Annotated[int, Path(ge=0, le=MAX_VERSION)]

@@ -30,6 +30,7 @@ ERRORS = {
     422: ("UnprocessableEntityError", "rejected"),
     429: ("RateLimitError", "queue_full"),
     500: ("InternalServerError", "internal"),
+    501: ("NotImplementedError", "not_computed"),
     503: ("ServiceUnavailableError", "unavailable"),
 }
 """Type of an error, as OpenAI calls it, and its reason in metrics and audit lines, by status."""
@@ -203,6 +204,8 @@ class VersionAnswer(BaseModel):
 
 
 class Rank(BaseModel):
+    engine: int
+    """0, or which of the data parallel ones."""
     rank: int
     version: int
     digest: str | None
@@ -226,10 +229,7 @@ class Health(BaseModel):
             status="ok" if same else "diverged",
             version=ranks[0]["version"],
             turn=ranks[0]["turn"],
-            ranks=[
-                Rank(rank=i, version=rank["version"], digest=rank["digest"])
-                for i, rank in enumerate(ranks)
-            ],
+            ranks=[Rank(**{name: rank[name] for name in Rank.model_fields}) for rank in ranks],
         )
 
 

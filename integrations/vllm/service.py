@@ -27,6 +27,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ultraedit_kernels.data import EditRequest, check_turn
 from ultraedit_kernels.encoding import encode, encode_prompt
+from ultraedit_kernels.integrations.vllm.engines import ALL, FOLLOWERS, LEADER, Engines
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.worker import load_tokenizer
 
@@ -118,6 +119,7 @@ class EditService:
     def __init__(self, engine: EngineClient, chat_template: str | None) -> None:
         config = engine.vllm_config
         self._engine = engine
+        self._engines = Engines(engine)
         self._settings = dict(config.additional_config.get("ultraedit", {}))
         self._own = Settings.take(self._settings)
         self._max_length: int = config.model_config.max_model_len
@@ -128,6 +130,7 @@ class EditService:
         self._queue: list[Waiting] = []  # in the order of the lock, the one that holds it included
         self._keys: dict[str, tuple[str, asyncio.Task[dict[str, Any]]]] = {}
         self._tasks: set[asyncio.Task[dict[str, Any]]] = set()
+        self._refusal = _refusal(config.parallel_config)
         self._stales_cache = True
         self._pause_ms = 0.0  # of the turn that holds the lock
 
@@ -148,16 +151,20 @@ class EditService:
                 "UltraEdit's worker extension is missing; start through `ultraedit serve`, or with "
                 "--worker-extension-cls ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
             )
-        if (count := parallel.data_parallel_size) > 1:
-            raise RuntimeError(
-                f"UltraEdit needs --data-parallel-size 1, got {count}: vLLM passes on the answer "
-                "of the first engine alone, so that an edit could be on some and not on "
-                "others; use --tensor-parallel-size, or start a server for each"
-            )
+        given = self._settings, self._chat_template
+        has_twin = parallel.pipeline_parallel_size == 1
         try:
-            info = await self._rpc("ultraedit_start", self._settings, self._chat_template)
+            info = await self._rpc("ultraedit_start", *given, False)
+            followers = await self._rpc_all("ultraedit_start", *given, True, engines=FOLLOWERS)
+            for rank in followers:
+                if rank["version"] != info["version"]:
+                    raise EditError(
+                        500,
+                        f"an engine found version {rank['version']} in the state directory and the "
+                        f"first one {info['version']}; all need the same directory",
+                    )
             difference = info["difference"]
-            if difference is None:  # or another server has done it, and may be editing by now
+            if has_twin and difference is None:  # or another server has done it
                 difference = await self._check_twin()
         except EditError as error:
             raise RuntimeError(f"UltraEdit cannot start: {error}") from None
@@ -165,7 +172,10 @@ class EditService:
         await self._engine.update_weight_version(str(info["version"]))
         modules = ", ".join(info["modules"])
         logger.info("UltraEdit: serving version %d, editing %s", info["version"], modules)
-        logger.info("UltraEdit: twin and engine differ by %.2g nats a token", difference)
+        if has_twin:
+            logger.info("UltraEdit: twin and engine differ by %.2g nats a token", difference)
+        if self._refusal:
+            logger.info("UltraEdit: only delta files are taken, %s", self._refusal)
 
     async def _check_twin(self) -> float:
         """Compare the twin with the engine on a text that the engine samples from nothing."""
@@ -191,6 +201,12 @@ class EditService:
     async def edit_once(self, body: EditsBody) -> dict[str, Any]:
         """As `edit`. A body whose idempotency key is that of a version is not run again: it gets
         that version's answer, with what the engine answers now, and timings of its own."""
+        if self._refusal:
+            raise EditError(
+                501,
+                f"this server computes no edits: {self._refusal}; compute them on another server "
+                "or with `ultraedit edit`, and send the delta file to POST /v1/edits/apply",
+            )
         key = body.idempotency_key
         content = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
         if key is None:
@@ -237,6 +253,7 @@ class EditService:
             queue_ms = _ms_since(waiting.begun)
             await self._slice("ultraedit_apply_delta", turn, data, refusal=400)
             result = await self._work(turn, refusal=400)
+            await self._follow(turn, data, result["digest"])
             commit_ms = await self._commit(turn, result["version"])
             return await self._version_answer(turn, waiting.begun, queue_ms, commit_ms)
 
@@ -253,8 +270,9 @@ class EditService:
                     "GET /v1/edits lists the others",
                     "version",
                 )
-            await self._slice("ultraedit_rollback", turn, version)
-            await self._work(turn)
+            for engines in (FOLLOWERS, LEADER)[len(self._engines) == 1 :]:
+                await self._slice("ultraedit_rollback", turn, version, engines=engines)
+                await self._work(turn, engines=engines)
             commit_ms = await self._commit(turn, version)
             return await self._version_answer(turn, waiting.begun, queue_ms, commit_ms)
 
@@ -263,8 +281,10 @@ class EditService:
         return await self._rpc("ultraedit_history", limit, before)
 
     async def status(self, digest: bool) -> list[dict[str, Any]]:
-        """What every rank serves."""
-        return await self._rpc_all("ultraedit_status", digest)
+        """What every rank of every engine serves."""
+        ranks = await self._rpc_all("ultraedit_status", digest, engines=ALL)
+        each = len(ranks) // len(self._engines)
+        return [{**one, "engine": i // each, "rank": i % each} for i, one in enumerate(ranks)]
 
     async def delta(self, version: int) -> bytes:
         """The delta file of a version."""
@@ -394,11 +414,14 @@ class EditService:
             edits = [edit.model_dump() for _, body in rest for edit in body.edits]
             wanted = [vars(probe) for probe in rest[0][0].probes] if dry_run else None
             note = _note(rest, before)
-            await self._slice("ultraedit_edit", turn, edits, wanted, note, refusal=400)
+            followed = len(self._engines) > 1
+            await self._slice("ultraedit_edit", turn, edits, wanted, note, followed, refusal=400)
             result = await self._work(turn, refusal=400)
             if dry_run:
                 commit_ms, after = 0.0, [result["answers"]]
             else:
+                if followed:
+                    await self._follow(turn, result["delta"], result["digest"])
                 commit_ms = await self._commit(turn, result["version"])
                 try:
                     after = [await self._answers(waiting.probes) for waiting, _ in rest]
@@ -453,10 +476,11 @@ class EditService:
         while "busy" in (answer := await self._rpc("ultraedit_begin", turn, list(keys))):
             if answer["idle"] > LEASE:
                 logger.warning("UltraEdit: dropping a turn whose server is not heard of")
-                await self._rpc("ultraedit_cancel", answer["busy"])
+                await self._cancel(answer["busy"])
             else:
                 await asyncio.sleep(BUSY)
         try:
+            await self._rpc_all("ultraedit_begin", turn, [], engines=FOLLOWERS)
             if await self._engine.is_paused():
                 raise EditError(
                     503, "the engine is paused or asleep, expected it to serve; resume it first"
@@ -465,15 +489,39 @@ class EditService:
             yield turn, answer["known"]
         finally:
             try:
-                await self._rpc("ultraedit_cancel", turn)
+                await self._cancel(turn)
             except Exception:
                 logger.exception("UltraEdit: a turn could not be ended")
 
-    async def _work(self, turn: str, refusal: int = 500) -> dict[str, Any]:
+    async def _cancel(self, turn: str) -> None:
+        """The first engine last: whose turn it has the others are free for."""
+        try:
+            if len(self._engines) > 1:
+                newest = (await self._rpc("ultraedit_status", False))["newest"]
+                await self._rpc_all("ultraedit_cancel", turn, newest, engines=FOLLOWERS)
+        finally:
+            await self._rpc("ultraedit_cancel", turn)
+
+    async def _follow(self, turn: str, delta: bytes, digest: str) -> None:
+        """Make the first engine's change on the shadows of the others."""
+        if len(self._engines) == 1:
+            return
+        await self._slice("ultraedit_apply_delta", turn, delta, engines=FOLLOWERS)
+        result = await self._work(turn, engines=FOLLOWERS)
+        if result["digest"] != digest:
+            raise RuntimeError(
+                f"an engine's weights would have digest {result['digest']}, the first one's "
+                f"{digest}; nothing was changed. The engines compute differently: start them on "
+                "equal devices"
+            )
+
+    async def _work(self, turn: str, refusal: int = 500, engines: slice = LEADER) -> dict[str, Any]:
         """Do the turn's work, slice by slice."""
         while True:
             asked = time.perf_counter()
-            answer = await self._slice("ultraedit_step", turn, self._own.slice_ms, refusal=refusal)
+            answer = await self._slice(
+                "ultraedit_step", turn, self._own.slice_ms, refusal=refusal, engines=engines
+            )
             if answer["done"]:
                 return answer["result"]
             if answer["beside"]:
@@ -500,9 +548,9 @@ class EditService:
             sleeping = self._engine.sleep(level=0, mode=self._own.running_requests)
             if self._own.running_requests == "wait":
                 await sleeping  # the engine has stepped until now
-                held = await self._rpc("ultraedit_status", False)
+                held = await self.status(False)
             else:
-                _, held = await asyncio.gather(sleeping, self._rpc("ultraedit_status", False))
+                _, held = await asyncio.gather(sleeping, self.status(False))
             if not await self._engine.reset_prefix_cache(
                 reset_running_requests=True, reset_connector=True
             ):
@@ -512,20 +560,23 @@ class EditService:
             await self._engine.wake_up(tags=["scheduling"])
             raise
         # By the worker's clock: this process may be busy with what the engine has sent before.
-        self._pause_ms = max(self._pause_ms, committed["at"] - held["at"])
+        pauses = [c["at"] - h["at"] for c, h in zip(committed, held, strict=True)]
+        self._pause_ms = max(self._pause_ms, *pauses)
         return _ms_since(begun)
 
-    async def _switch(self, turn: str, version: int, wake: bool = False) -> dict[str, Any]:
-        """Commit in the worker. The engine does what it is told in this order, and nothing between;
-        each answer would cost the time that the server takes to read it."""
+    async def _switch(self, turn: str, version: int, wake: bool = False) -> list[dict[str, Any]]:
+        """Commit in all workers, or in none. An engine does what it is told in this order, and
+        nothing between; each answer would cost the time that the server takes to read it."""
         told: list[Coroutine[Any, Any, Any]] = [
-            self._slice("ultraedit_commit", turn),
+            self._rpc_all("ultraedit_commit", turn, engines=ALL),
             self._engine.update_weight_version(str(version)),
         ]
         if wake:
             told.append(self._engine.wake_up(tags=["scheduling"]))
         committed, *others = await asyncio.gather(*told, return_exceptions=True)
         if isinstance(committed, BaseException):
+            if len(self._engines) > 1:
+                await self._rpc_all("ultraedit_revert", turn, engines=ALL)
             live = (await self._rpc("ultraedit_status", False))["version"]
             await self._engine.update_weight_version(str(live))
             raise committed
@@ -533,6 +584,7 @@ class EditService:
             if isinstance(error, BaseException):
                 raise error
         logger.info("UltraEdit: serving version %d", version)
+        self._pause_ms = max(self._pause_ms, *(rank["ms"] for rank in committed))
         return committed
 
     async def _version_answer(
@@ -548,25 +600,33 @@ class EditService:
         }
         return {**result, "timings": timings}
 
-    async def _slice(self, method: str, *args: Any, refusal: int = 500) -> dict[str, Any]:
+    async def _slice(
+        self, method: str, *args: Any, refusal: int = 500, engines: slice = LEADER
+    ) -> dict[str, Any]:
         """An RPC that is part of the turn: the engine cannot step while it runs."""
-        answer = await self._rpc(method, *args, refusal=refusal)
+        answer = await self._rpc(method, *args, refusal=refusal, engines=engines)
         self._pause_ms = max(self._pause_ms, answer["ms"])
         return answer
 
-    async def _rpc(self, method: str, *args: Any, refusal: int = 500) -> dict[str, Any]:
+    async def _rpc(
+        self, method: str, *args: Any, refusal: int = 500, engines: slice = LEADER
+    ) -> dict[str, Any]:
         """The worker's answer, that of the slowest rank. See `_rpc_all`."""
-        answers = await self._rpc_all(method, *args, refusal=refusal)
+        answers = await self._rpc_all(method, *args, refusal=refusal, engines=engines)
         return next((a for a in answers if not a.get("done", True)), answers[0])
 
-    async def _rpc_all(self, method: str, *args: Any, refusal: int = 500) -> list[dict[str, Any]]:
+    async def _rpc_all(
+        self, method: str, *args: Any, refusal: int = 500, engines: slice = LEADER
+    ) -> list[dict[str, Any]]:
         """The answers of all ranks.
 
         Args:
             refusal: HTTP status of an error that the worker answers with. By default a damaged
                 journal's.
+            engines: which are asked.
         """
-        answers = await self._engine.collective_rpc(method, args=args)
+        ranks = await self._engines.call(engines, method, *args)
+        answers = [answer for engine in ranks for answer in engine]
         errors = [answer["error"] for answer in answers if "error" in answer]
         errors.sort(key=lambda error: error["type"] == "RankError")  # last: another has the cause
         if errors:
@@ -588,6 +648,21 @@ class EditService:
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_failed)
         return task
+
+
+def _refusal(parallel: Any) -> str:
+    """Why this server computes no edits; empty if it does."""
+    if (stages := parallel.pipeline_parallel_size) > 1:
+        return (
+            f"each of its {stages} pipeline stages holds only some of the layers, and the "
+            "gradients of an edit pass through all that follow it"
+        )
+    if parallel.data_parallel_external_lb or parallel.data_parallel_hybrid_lb:
+        return (
+            "an external load balancer spreads requests over several servers, which an edit on "
+            "one of them would not reach"
+        )
+    return ""
 
 
 def _failed(task: asyncio.Task[Any]) -> bool:

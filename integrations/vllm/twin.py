@@ -8,6 +8,9 @@ it live.
 
 Under tensor parallelism each rank has a twin of its part of the model: the same class, built for
 its share of the heads and of the MLP's width, which gathers and adds up where vLLM's layers do.
+
+An engine that only takes changes computed elsewhere needs no twin: `build_weights` gives it the
+shadows of the edited weights alone.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 
 from ultraedit_kernels.parallel import (
     Ranks,
+    Shard,
     local_config,
     shard_embedding,
     shard_head,
@@ -63,7 +67,8 @@ class Twin:
     Attributes:
         model: Hugging Face causal language model in eval mode, no parameter requires grad. Edited
             modules own their weight (the shadow); all other parameters are views of vLLM's storage.
-            Has the attribute `ranks` if it is divided among ranks.
+            Has the attribute `ranks` if it is divided among ranks. From `build_weights`: the edited
+            modules only, which compute nothing.
         live: edited module name -> view of the weight that vLLM serves from, [d_out, d_in]; of a
             divided module, a `parallel.ShardedWeight`.
     """
@@ -158,23 +163,101 @@ def build_twin(
 
         live = {}
         for name in resolve_modules(whole, whole.config, modules):
-            _check_editable(name, model, core)
             module = model.get_submodule(name)
             live[name] = weight_of(module)
-            if size > 1:
-                _check_divided(name, module, whole, core)
+            dim = None if (shard := shard_of(module)) is None else shard.dim
+            _check_editable(name, module.weight, dim, whole, core, size)
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         return Twin(model, live)
 
 
+@torch.no_grad()
+def build_weights(
+    vllm_model: nn.Module, vllm_config: VllmConfig, modules: str | Sequence[str] = "auto"
+) -> Twin:
+    """Shadows of the edited weights alone, for changes that are computed elsewhere.
+
+    All ranks of the engine call this, those of other pipeline stages included. Arguments and errors
+    are `build_twin`'s; the pipeline parallel size may be above 1.
+    """
+    with torch.inference_mode(False):
+        _check_config(vllm_config)
+        core = _language_model(vllm_model, vllm_config)
+        sources = dict(_served_tensors(core))
+        size = vllm_config.parallel_config.tensor_parallel_size
+        whole = _meta_model(core is not vllm_model, vllm_config)
+        model = whole if size == 1 else _meta_model(core is not vllm_model, vllm_config, size)
+        names = resolve_modules(whole, whole.config, modules)
+        ranks = None
+        if vllm_config.parallel_config.world_size > 1:
+            from vllm.distributed import get_world_group
+
+            ranks = _ranks(vllm_config.device_config.device_type, get_world_group())
+        locate = _locator(model, core, sources, size)
+        held, refusal = _held(names, locate, whole, core, size)
+        told = [(held, refusal)] if ranks is None else ranks.gather_objects((held, refusal))
+        if refusals := [text for _, text in told if text]:
+            raise UnsupportedModelError(refusals[0])
+        alone: Any = nn.Module()
+        alone.config, alone.ranks = whole.config, ranks
+        live = {}
+        for name in names:
+            original = whole.get_submodule(name).weight
+            owners = tuple(rank for rank, (theirs, _) in enumerate(told) if name in theirs)
+            if not owners:
+                raise UnsupportedModelError(
+                    f"{type(core).__name__} keeps {name}.weight {list(original.shape)} under "
+                    "another name or in another shape; this architecture is not supported"
+                )
+            view, dim = locate(f"{name}.weight"), told[owners[0]][0][name]
+            if view is None:
+                shape = [0 if i == dim else n for i, n in enumerate(original.shape)]
+                view = next(core.parameters()).new_empty(shape, dtype=original.dtype)
+            module: Any = nn.Linear(*reversed(view.shape), bias=False, device="meta")
+            module.weight = nn.Parameter(view, requires_grad=False)
+            if ranks is not None:
+                module.shard = Shard(dim, ranks, tuple(original.shape), owners)
+            live[name] = weight_of(module)
+            module.weight = nn.Parameter(view.clone(), requires_grad=False)
+            _put(alone, name, module)
+        return Twin(alone, live)
+
+
+def _held(
+    names: Sequence[str],
+    locate: Callable[[str], Tensor | None],
+    whole: Any,
+    core: nn.Module,
+    size: int,
+) -> tuple[dict[str, int], str]:
+    """Which of the modules this rank has, and in which dimension each is divided; or why it cannot
+    edit one."""
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    try:
+        _check_weights(dict(_served_tensors(core)))
+        layers, held = _layers_by_storage(core), {}
+        for name in names:
+            if (view := locate(f"{name}.weight")) is not None:
+                dim = int(isinstance(layers[_storage(view)], RowParallelLinear))
+                _check_editable(name, view, dim, whole, core, size)
+                held[name] = dim
+    except UnsupportedModelError as error:
+        return {}, str(error)
+    return held, ""
+
+
+def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Have `root.get_submodule(name)` give the module."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(leaf, module)
+
+
 def _check_config(config: VllmConfig) -> None:
-    size = config.parallel_config.pipeline_parallel_size
-    if size > 1:
-        raise UnsupportedModelError(
-            f"pipeline parallel size is {size}: each stage holds only some of the layers, and the "
-            "gradients of an edit pass through all that follow it; serve with "
-            "--pipeline-parallel-size 1, and more ranks in --tensor-parallel-size"
-        )
     if config.quant_config is not None:
         raise UnsupportedModelError(
             f"the model is quantised ({config.quant_config.get_name()}): its weights cannot take a "
@@ -309,14 +392,15 @@ def _match_long_rope(hf_config: Any, max_model_len: int) -> None:
     rope["long_factor"] = rope["short_factor"] = rope[used]
 
 
-def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor], size: int) -> None:
-    """Point every parameter of the meta model at the storage of its vLLM counterpart.
+def _locator(
+    model: Any, core: nn.Module, sources: dict[str, Tensor], size: int
+) -> Callable[[str], Tensor | None]:
+    """How a parameter of the Hugging Face model is found in vLLM's storage.
 
     The vocabulary is divided among the ranks with its padding, so that a part of it is taken whole.
     """
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embedding.weight
     mapper = getattr(core, "hf_to_vllm_mapper", None)
     rename = mapper.get_rename_mapper().map_name if mapper is not None else str
     merged = _merged_modules(core)
@@ -348,6 +432,15 @@ def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor], s
             return None
         return tensor.narrow(0, first, shape[0])
 
+    return locate
+
+
+def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor], size: int) -> None:
+    """Point every parameter of the meta model at the storage of its vLLM counterpart."""
+    locate = _locator(model, core, sources, size)
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
     unmatched = []
     for name, shape in shapes.items():
         owner_name, _, leaf = name.rpartition(".")
@@ -370,10 +463,11 @@ def _share_parameters(model: Any, core: nn.Module, sources: dict[str, Tensor], s
 
 def _divide(model: Any, core: nn.Module) -> None:
     """Have the twin of one rank's part add up and gather where vLLM's layers do."""
+    from vllm.distributed import get_tp_group
     from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ranks = _ranks(embedding.weight.device.type)
+    ranks = _ranks(embedding.weight.device.type, get_tp_group())
     served = _layers_by_storage(core)
     for module in model.modules():
         if not isinstance(module, nn.Linear) or module is head:
@@ -387,12 +481,9 @@ def _divide(model: Any, core: nn.Module) -> None:
 
 
 @functools.cache
-def _ranks(device: str) -> Ranks:
-    """The ranks of vLLM's tensor parallel group, with process groups of their own: what fails in
-    these leaves vLLM's as they are."""
-    from vllm.distributed import get_tp_group
-
-    group = get_tp_group()
+def _ranks(device: str, group: Any) -> Ranks:
+    """The ranks of one of vLLM's groups, with process groups of their own: what fails in these
+    leaves vLLM's as they are."""
 
     def own() -> Any:
         return dist.new_group(
@@ -412,19 +503,33 @@ def _layers_by_storage(core: nn.Module) -> Mapping[int, nn.Module]:
     return {_storage(layer.get_parameter("weight")): layer for layer in layers}
 
 
-def _check_divided(name: str, module: Any, whole: Any, core: nn.Module) -> None:
-    """A rank must hold the part of an edited weight that `parallel.Shard` says, or all of it."""
-    original, shard = whole.get_submodule(name), shard_of(module)
-    layer: Any = _layers_by_storage(core)[_storage(module.weight)]
+def _check_editable(
+    name: str, view: Tensor, dim: int | None, whole: Any, core: nn.Module, size: int
+) -> None:
+    """A published change must reach what the engine computes from; and of a weight that is divided
+    among ranks, in dimension `dim`, each must hold the part that `parallel.Shard` says."""
+    original = whole.get_submodule(name)
+    layer: Any = _layers_by_storage(core)[_storage(view)]
+    for served_name, served in core.named_modules():
+        own = served._parameters.get("weight")
+        if own is None or _storage(own) != _storage(view):
+            continue
+        linear = getattr(served, "cpu_linear", nn.functional.linear)
+        if linear is not nn.functional.linear:
+            raise UnsupportedModelError(
+                f"vLLM computes {served_name} from a packed copy of its weight on the CPU, so that "
+                "an edit would have no effect; start the server through `ultraedit serve` and do "
+                "not edit the output head"
+            )
+    if size == 1:
+        return
+    shape = [n * size if i == dim else n for i, n in enumerate(view.shape)]
     if original is whole.get_output_embeddings():
         reason = "the output head is divided by the vocabulary"
-    elif (got := tuple(weight_of(module).shape)) != tuple(original.weight.shape):
-        reason = f"the ranks' parts make {list(got)} of its {list(original.weight.shape)}"
+    elif shape != list(original.weight.shape):
+        reason = f"the ranks' parts make {shape} of its {list(original.weight.shape)}"
     elif (
-        shard is not None
-        and shard.dim == 0
-        and len(layer.output_partition_sizes) > 1
-        and layer.weight.numel() == module.weight.numel()
+        dim == 0 and len(layer.output_partition_sizes) > 1 and layer.weight.numel() == view.numel()
     ):
         reason = "it is several layers in one, of each of which a rank has a part"
     else:
@@ -486,19 +591,3 @@ def _check_complete(model: nn.Module) -> None:
                     f"{name}.{leaf} of {type(model).__name__} has no value in vLLM's model; this "
                     "architecture is not supported"
                 )
-
-
-def _check_editable(name: str, model: Any, core: nn.Module) -> None:
-    """A published change must reach what the engine computes from."""
-    storage = _storage(model.get_submodule(name).weight)
-    for served_name, served in core.named_modules():
-        own = served._parameters.get("weight")
-        if own is None or _storage(own) != storage:
-            continue
-        linear = getattr(served, "cpu_linear", nn.functional.linear)
-        if linear is not nn.functional.linear:
-            raise UnsupportedModelError(
-                f"vLLM computes {served_name} from a packed copy of its weight on the CPU, so that "
-                "an edit would have no effect; start the server through `ultraedit serve` and do "
-                "not edit the output head"
-            )

@@ -15,6 +15,10 @@ Under tensor parallelism every call runs on all ranks, and fails on all if it fa
 is raised then, as vLLM would stop reading at the first rank's exception and take the others'
 answers for those to its next call: such an error has type "Failed", and "RankError" on the ranks
 where nothing is wrong. Rank 0 alone writes the state directory; the others read it.
+
+Under data parallelism the first engine computes and keeps the journal; the others follow it: they
+have no twin, and are given each change as a delta. Nor has an engine of several pipeline stages a
+twin: it takes deltas only.
 """
 
 from __future__ import annotations
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
     from ultraedit_kernels.editor import Editor, TurnResult
     from ultraedit_kernels.integrations.vllm.slices import Slices
     from ultraedit_kernels.integrations.vllm.twin import Twin
+    from ultraedit_kernels.statistics import Statistics
 
 logger = logging.getLogger("vllm.ultraedit")
 
@@ -60,9 +65,13 @@ class _Turn:
     """The turn that has the worker."""
 
     id: str
+    before: int
+    """The version that was live at its start."""
     work: Slices | None = None
     called: float = field(default_factory=time.monotonic)
     """When its owner was last heard of."""
+    replayed: tuple[int, dict[str, Statistics]] | None = None
+    """The version on the shadow, and its statistics, that an engine which follows returns to."""
 
 
 def load_tokenizer(model_config: Any, chat_template: str | None) -> Any:
@@ -111,14 +120,21 @@ class UltraEditWorker:
     """Version of the weights that vLLM serves; the editor is ahead of it until the commit."""
     _ultraedit_turn: _Turn | None = None
     _ultraedit_difference: float | None = None
+    _ultraedit_follows: bool
+    """Whether another engine computes, and keeps the journal."""
     _ultraedit_foreign = False
     """Whether vLLM has loaded weights that are not the live version's."""
 
     @_rpc
     def ultraedit_start(
-        self, settings: dict[str, Any], chat_template: str | None
+        self, settings: dict[str, Any], chat_template: str | None, follows: bool
     ) -> dict[str, Any]:
         """Build twin and editor and publish the version of the state directory, if there is one.
+
+        Args:
+            settings: the editor's.
+            chat_template: of the tokenizer, if not its own.
+            follows: another engine computes, and has been started.
 
         Returns: version, modules, last_layer_only (an edit leaves every KV block valid), difference
         (what `ultraedit_check` found for another API server).
@@ -126,9 +142,14 @@ class UltraEditWorker:
         """
         if self._ultraedit_editor is None:
             from ultraedit_kernels.editor import Editor
-            from ultraedit_kernels.integrations.vllm.twin import UnsupportedModelError, build_twin
+            from ultraedit_kernels.integrations.vllm.twin import (
+                UnsupportedModelError,
+                build_twin,
+                build_weights,
+            )
 
             known = [*inspect.signature(Editor).parameters][2:]  # after model and tokenizer
+            known.remove("writes")
             if unknown := sorted(settings.keys() - set(known)):
                 raise ValueError(
                     f"unknown setting {', '.join(unknown)}, expected only {', '.join(known)}; "
@@ -136,21 +157,31 @@ class UltraEditWorker:
                 )
             config = self.vllm_config  # type: ignore[attr-defined]
             tokenizer = load_tokenizer(config.model_config, chat_template)
+            computes = not follows and config.parallel_config.pipeline_parallel_size == 1
+            if not computes:
+                if not follows and settings.get("canaries"):
+                    raise ValueError(
+                        "canaries are set, but under pipeline parallelism no engine can check "
+                        "them; check deltas where they are made"
+                    )
+                settings = settings | {"anchors": 0, "canaries": ()}
+            build = build_twin if computes else build_weights
             try:
                 model = self.get_model()  # type: ignore[attr-defined]
-                twin = build_twin(model, config, settings.get("modules", "auto"))
+                twin = build(model, config, settings.get("modules", "auto"))
             except UnsupportedModelError as error:
                 return {"error": {"message": str(error), "type": "UnsupportedModelError"}}
             with together(twin.model):
                 try:
                     given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}
-                    editor = Editor(twin.model, tokenizer, **given)
+                    editor = Editor(twin.model, tokenizer, writes=not follows, **given)
                 except (ValueError, OSError) as error:
                     if (where := settings.get("state_dir")) is None:
                         raise
                     raise ValueError(f"{error} (state directory: {where})") from error
                 editor.prepare()  # or it is the longest slice of the first turn
             self._ultraedit_twin, self._ultraedit_editor = twin, editor
+            self._ultraedit_follows = follows
             self._ultraedit_publish()
             self._ultraedit_follow()
         editor = self._ultraedit_editor
@@ -191,11 +222,13 @@ class UltraEditWorker:
                 "loaded from elsewhere, or not yet since a level-2 sleep; reload the checkpoint's "
                 "(reload_weights), or restart the server"
             )
-        if (other := self._ultraedit_turn) is not None:
+        if (other := self._ultraedit_turn) is not None and self._ultraedit_follows:
+            self.ultraedit_cancel(other.id)  # the first engine knows whose turn it is
+        elif other is not None:
             return {"busy": other.id, "idle": time.monotonic() - other.called}
         known = {}
         with self._ultraedit_together():
-            taken = _Turn(turn)
+            taken = _Turn(turn, self._ultraedit_live)
             for record in editor.history() if keys else ():
                 for request in record.get("note", {}).get("requests", ()):
                     if request["key"] in keys:
@@ -210,14 +243,15 @@ class UltraEditWorker:
         edits: list[dict[str, Any]],
         probes: list[dict[str, Any]] | None,
         note: dict[str, Any],
+        followed: bool,
     ) -> dict[str, Any]:
-        """Edit, on the shadow; the note goes into the version's record. With probes ({"ids",
-        "max_tokens"} each) it is a dry run: the result holds the shadow's answers to them, and
-        nothing is left to commit."""
+        """Edit, on the shadow; the note goes into the version's record. If engines follow, the
+        result holds the delta for them. With probes ({"ids", "max_tokens"} each) it is a dry run:
+        the result holds the shadow's answers to them, and nothing is left to commit."""
         from ultraedit_kernels.data import EditRequest
 
         requests = [EditRequest.from_dict(edit) for edit in edits]
-        return self._ultraedit_work(turn, self._ultraedit_run(requests, probes, note))
+        return self._ultraedit_work(turn, self._ultraedit_run(requests, probes, note, followed))
 
     @_rpc
     def ultraedit_apply_delta(self, turn: str, data: bytes) -> dict[str, Any]:
@@ -230,12 +264,24 @@ class UltraEditWorker:
 
     @_rpc
     def ultraedit_rollback(self, turn: str, version: int) -> dict[str, Any]:
-        """Take the shadow back to a version, and forget the later ones."""
+        """Take the shadow back to a version, and forget the later ones; an engine that follows does
+        so with the commit, when the first engine has."""
         editor = self._ultraedit_require_editor()
         if 0 < version < editor.oldest:
             raise UnknownVersion(
                 f"version {version} was let go, expected 0 or {editor.oldest} and later"
             )
+        if self._ultraedit_follows:
+            ours = self._ultraedit_require_turn(turn)
+
+            def replay() -> None:
+                try:
+                    ours.replayed = version, editor.replay(version)
+                except BaseException:
+                    self._ultraedit_restore_shadow()
+                    raise
+
+            return self._ultraedit_work(turn, _private(replay))
         return self._ultraedit_work(turn, _private(lambda: editor.rollback(version)))
 
     @_rpc
@@ -255,19 +301,21 @@ class UltraEditWorker:
     @_rpc
     def ultraedit_commit(self, turn: str) -> dict[str, Any]:
         """Make the shadow live. If that fails, on any rank, shadow and live weights are as before
-        the turn on all."""
-        self._ultraedit_require_turn(turn)
-        editor, before = self._ultraedit_require_editor(), self._ultraedit_live
+        the turn on all; after a rollback, which the journal holds, they are tried again."""
+        ours = self._ultraedit_require_turn(turn)
         try:
             with self._ultraedit_together():
                 self._ultraedit_publish()
         except BaseException:
-            with self._ultraedit_together():
-                self._ultraedit_live = before
-                self._ultraedit_drop()
-                self._ultraedit_publish()
+            self._ultraedit_revert(ours)
             raise
-        return {"version": editor.version}
+        return {"version": self._ultraedit_live}
+
+    @_rpc
+    def ultraedit_revert(self, turn: str) -> dict[str, Any]:
+        """As a commit that has failed: it did on another engine."""
+        self._ultraedit_revert(self._ultraedit_require_turn(turn))
+        return {"version": self._ultraedit_live}
 
     @_rpc
     def ultraedit_read_back(self, turn: str) -> dict[str, Any]:
@@ -281,12 +329,18 @@ class UltraEditWorker:
         return self._ultraedit_work(turn, work)
 
     @_rpc
-    def ultraedit_cancel(self, turn: str) -> dict[str, Any]:
-        """End a turn. What it has not committed is dropped; live weights are untouched by it."""
+    def ultraedit_cancel(self, turn: str, newest: int | None = None) -> dict[str, Any]:
+        """End a turn. What it has not committed is dropped, and live weights are untouched by it,
+        but for a rollback that the journal holds: it has `newest` as its last version. An engine
+        that follows has to be told."""
         if (ours := self._ultraedit_turn) is not None and ours.id == turn:
             with self._ultraedit_together():
                 if ours.work is not None:
                     ours.work.close()
+                if ours.replayed is not None and ours.replayed[0] == newest:
+                    self._ultraedit_publish()
+                elif ours.replayed is not None:
+                    self._ultraedit_restore_shadow()
                 self._ultraedit_drop()
             self._ultraedit_turn = None
         return {"version": self._ultraedit_live}
@@ -311,14 +365,15 @@ class UltraEditWorker:
 
     @_rpc
     def ultraedit_status(self, digest: bool) -> dict[str, Any]:
-        """The live version, whether a turn is under way and, if asked for, `Editor.digest` of the
-        weights vLLM serves from."""
+        """The live version, the journal's newest, whether a turn is under way and, if asked for,
+        `Editor.digest` of the weights vLLM serves from."""
         from ultraedit_kernels.delta import digest_all
 
-        self._ultraedit_require_editor()
+        newest = self._ultraedit_require_editor().version
         found = digest_all(self._ultraedit_twin.live) if digest else None
         under_way = self._ultraedit_turn is not None
-        return {"version": self._ultraedit_live, "digest": found, "turn": under_way}
+        live = self._ultraedit_live
+        return {"version": live, "newest": newest, "digest": found, "turn": under_way}
 
     def _ultraedit_require_editor(self) -> Editor:
         if self._ultraedit_editor is None:
@@ -352,8 +407,18 @@ class UltraEditWorker:
         return nullcontext() if editor is None else together(editor.model)
 
     def _ultraedit_publish(self) -> None:
+        editor, turn = self._ultraedit_require_editor(), self._ultraedit_turn
         self._ultraedit_twin.publish()
-        self._ultraedit_live = self._ultraedit_require_editor().version
+        if turn is not None and turn.replayed is not None:
+            editor.forget(*turn.replayed)
+            turn.replayed = None
+        self._ultraedit_live = editor.version
+
+    def _ultraedit_revert(self, turn: _Turn) -> None:
+        with self._ultraedit_together():
+            self._ultraedit_live = turn.before
+            self._ultraedit_drop()
+            self._ultraedit_publish()
 
     def _ultraedit_follow(self) -> None:
         """Stay with vLLM when it puts weights to sleep, and when it loads the checkpoint's again,
@@ -408,22 +473,30 @@ class UltraEditWorker:
             self._ultraedit_publish()  # a rollback that the journal holds cannot be dropped
 
     def _ultraedit_run(
-        self, requests: list[Any], probes: list[dict[str, Any]] | None, note: dict[str, Any]
+        self,
+        requests: list[Any],
+        probes: list[dict[str, Any]] | None,
+        note: dict[str, Any],
+        followed: bool,
     ) -> Generator[str, None, dict[str, Any]]:
         editor = self._ultraedit_require_editor()
         if probes is None:
-            return _result((yield from editor.steps(requests, note=note)))
-        result = yield from editor.steps(requests, commit=False)
+            done = yield from editor.steps(requests, note=note)
+            result = _result(done) | {"digest": editor.history()[-1]["digest"]}
+            return result | ({"delta": done.delta.to_bytes()} if followed else {})
+        done = yield from editor.steps(requests, commit=False)
         try:
-            for name, factor in result.delta.factors.items():
+            for name, factor in done.delta.factors.items():
                 factor.apply(editor.weights[name])
             answers = yield from self._ultraedit_answers(probes)
         finally:
             self._ultraedit_restore_shadow()
-        return _result(result) | {"answers": answers}
+        return _result(done) | {"answers": answers}
 
     def _ultraedit_run_delta(self, delta: EditDelta) -> Generator[str, None, dict[str, Any]]:
-        return _result((yield from self._ultraedit_require_editor().delta_steps(delta)))
+        editor = self._ultraedit_require_editor()
+        done = yield from editor.delta_steps(delta)
+        return _result(done) | {"digest": editor.history()[-1]["digest"]}
 
     def _ultraedit_answers(self, probes: list[dict[str, Any]]) -> Generator[str, None, list[str]]:
         from ultraedit_kernels.generation import generate

@@ -9,10 +9,16 @@ from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
 
 
 class FaultyWorker(UltraEditWorker):
+    @property
+    def place(self) -> int:
+        """Of this rank among those of all engines."""
+        parallel: Any = self.vllm_config.parallel_config  # type: ignore[attr-defined]
+        return parallel.data_parallel_index * parallel.world_size + self.rank  # type: ignore
+
     def ultraedit_fail(self, rank: int, where: str, call: int) -> None:
         """On one rank, the call-th call from now of "module:name" raises OSError, after it has
         done its work if the name ends in "+"."""
-        if self.rank != rank:  # type: ignore[attr-defined]
+        if self.place != rank:
             return
         module, _, path = where.rstrip("+").partition(":")
         owner: Any = importlib.import_module(module)
@@ -34,7 +40,13 @@ class FaultyWorker(UltraEditWorker):
 
         setattr(owner, name, failing)
 
+    def ultraedit_warm_up(self) -> None:
+        """Make the buffers between pipeline stages. vLLM's CPU engine does so only where it
+        compiles, and fails at the first request where it does not."""
+        self.model_runner.profile_run()  # type: ignore[attr-defined]
+
     def ultraedit_scribble(self, rank: int) -> None:
         """Change what one rank serves behind the editor's back."""
-        if self.rank == rank:  # type: ignore[attr-defined]
-            next(iter(self._ultraedit_twin.live.values())).local[0, 0] += 1
+        if self.place == rank:
+            live = next(iter(self._ultraedit_twin.live.values()))
+            getattr(live, "local", live)[0, 0] += 1

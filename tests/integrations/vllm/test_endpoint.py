@@ -460,7 +460,7 @@ def test_bad_deltas_are_refused_and_change_nothing(server: Any) -> None:
     }
     for name, content in bad.items():
         response = server.client.post("/v1/edits/apply", content=content)
-        message = error_of(response, 422 if name == "not finite" else 400)["message"]
+        message = error_of(response, 400)["message"]
         assert len(message) < 1000, name
     assert server.rollback(0)["digest"] == digest
     assert server.answer(CAPITAL["prompt"]) == "Canberra"

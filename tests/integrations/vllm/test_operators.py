@@ -374,7 +374,8 @@ def test_health_shows_a_rank_that_has_diverged(
     from ultraedit_kernels.integrations.vllm.protocol import Health
 
     ranks = [
-        {"version": v, "digest": d, "turn": False} for v, d in zip(versions, digests, strict=True)
+        {"engine": 0, "rank": i, "version": v, "digest": d, "turn": False}
+        for i, (v, d) in enumerate(zip(versions, digests, strict=True))
     ]
     assert Health.of(ranks, recorded).status == status
 

@@ -7,9 +7,8 @@ state directory that a process without ranks has written, and one without ranks 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +17,29 @@ import torch
 
 pytest.importorskip("vllm")
 from tests.integrations.conftest import MODEL, Server
+from tests.integrations.vllm.ranks import (
+    AUSTRALIA,
+    FRANCE,
+    HAMLET,
+    JAPAN,
+    call_workers,
+    editor_of,
+    health,
+    with_ranks,
+)
 from ultraedit_kernels import EditDelta, Editor, EditRequest
 from ultraedit_kernels.delta import digest_all
 
 pytestmark = pytest.mark.vllm
 
-AUSTRALIA = {"prompt": "The capital of Australia is", "target": "Sydney"}
-JAPAN = {"prompt": "The capital of Japan is", "target": "Osaka"}
-HAMLET = {"prompt": "The author of Hamlet is", "target": "Jane Austen"}
-FRANCE = "The capital of France is"
-FAULTY = "tests.integrations.vllm.faulty_worker.FaultyWorker"
-OPTIONS = ("--tensor-parallel-size", "2", "--worker-extension-cls", FAULTY)
-REPOSITORY = Path(__file__).parents[3]
-
-
-def _editor(
-    model: Path, state_dir: Path, dtype: torch.dtype = torch.float32, **settings: Any
-) -> Editor:
-    """An editor on one rank, with the servers' settings."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    settings = {"anchors": 32, "batch_size": 10} | settings
-    return Editor(whole, tokenizer, state_dir=state_dir, **settings)
-
-
-def _two_ranks(running: Callable[..., Any], directory: Path, *options: str) -> Any:
-    """A server on two ranks, each with one core."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        environment.setenv("VLLM_SERVER_DEV_MODE", "1")  # has a route to the worker's methods
-        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        environment.setenv("PYTHONPATH", path)
-        with running(directory, *OPTIONS, *options) as server:
-            yield server
+OPTIONS = ("--tensor-parallel-size", "2")
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A state directory of one version, made on one rank."""
     directory = tmp_path_factory.mktemp("two-ranks")
-    editor = _editor(MODEL, directory / "state")
+    editor = editor_of(directory / "state")
     editor.apply([EditRequest(**JAPAN)])
     editor.close()
     return {"directory": directory, "digest": editor.digest()}
@@ -67,7 +47,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def divided(running: Any, written: dict[str, Any]) -> Iterator[Server]:
-    for server in _two_ranks(running, written["directory"], "--dtype", "float32"):
+    for server in with_ranks(running, written["directory"], *OPTIONS, "--dtype", "float32"):
         written["first"] = server.client.get("/v1/edits/health?digest=true").json()
         written["first answer"] = server.answer(JAPAN["prompt"])
         yield server
@@ -81,16 +61,6 @@ def server(divided: Server) -> Iterator[Server]:
     divided.rollback(0)
 
 
-def _health(server: Server) -> tuple[int, list[dict[str, Any]]]:
-    response = server.client.get("/v1/edits/health?digest=true")
-    return response.status_code, response.json()["ranks"]
-
-
-def _call(server: Server, method: str, *args: Any) -> None:
-    response = server.client.post("/collective_rpc", json={"method": method, "args": args})
-    assert response.status_code == 200, response.text
-
-
 def _weights(server: Server, version: int) -> dict[str, torch.Tensor]:
     """What a server serves, of the float32 checkpoint, proven by the digest that it reads back."""
     from safetensors.torch import load_file
@@ -102,7 +72,7 @@ def _weights(server: Server, version: int) -> dict[str, torch.Tensor]:
         for name, factor in EditDelta.from_bytes(content).factors.items():
             weights.setdefault(name, untouched[f"{name}.weight"])
             factor.apply(weights[name])
-    assert {rank["digest"] for rank in _health(server)[1]} == {digest_all(weights)}
+    assert {rank["digest"] for rank in health(server)[1]} == {digest_all(weights)}
     return weights
 
 
@@ -141,37 +111,37 @@ def test_a_state_directory_of_two_ranks_is_continued_by_one(server: Server, tmp_
     server.edit(AUSTRALIA)
     server.edit(HAMLET)
     copy = shutil.copytree(server.state_dir, tmp_path / "state")
-    editor = _editor(MODEL, copy)
+    editor = editor_of(copy)
     assert editor.version == 2
-    assert {rank["digest"] for rank in _health(server)[1]} == {editor.digest()}
+    assert {rank["digest"] for rank in health(server)[1]} == {editor.digest()}
     assert editor.apply([EditRequest(**JAPAN)]).version == 3
     editor.close()
 
 
 def test_rollback_restores_the_digest(server: Server) -> None:
-    before = _health(server)
+    before = health(server)
     server.edit(AUSTRALIA)
-    first = _health(server)
+    first = health(server)
     server.edit(HAMLET)
     server.rollback(1)
-    assert _health(server) == first != before
+    assert health(server) == first != before
     assert server.answer(AUSTRALIA["prompt"]) == "Sydney"
     assert server.answer(HAMLET["prompt"]) == "William Shakespeare"
     server.rollback(0)
-    assert _health(server) == before
+    assert health(server) == before
 
 
 def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> None:
-    before = _health(server)
+    before = health(server)
     dry = server.edit(AUSTRALIA, dry_run=True)
     assert dry["edits"][0]["after"] == "Sydney"
-    assert _health(server) == before
+    assert health(server) == before
     server.edit(AUSTRALIA)
-    edited, delta = _health(server), server.client.get("/v1/edits/1/delta").content
+    edited, delta = health(server), server.client.get("/v1/edits/1/delta").content
     server.rollback(0)
     response = server.client.post("/v1/edits/apply", content=delta)
     assert response.status_code == 200, response.text
-    assert _health(server) == edited
+    assert health(server) == edited
 
 
 WORKER = "ultraedit_kernels.integrations.vllm.worker"
@@ -214,43 +184,43 @@ def at_one(divided: Server) -> Iterator[Server]:
 def test_a_fault_on_one_rank_leaves_both_at_the_old_version(
     at_one: Server, step: str, rank: int
 ) -> None:
-    before = _health(at_one)
+    before = health(at_one)
     assert before[0] == 200
     where, call = (STEPS | WRITING)[step]
-    _call(at_one, "ultraedit_fail", rank, where, call)
+    call_workers(at_one, "ultraedit_fail", rank, where, call)
     response = at_one.client.post("/v1/edits", json={"edits": [HAMLET]})
     assert response.status_code == 500, response.text
     assert "injected" in response.json()["error"]["message"]
-    assert _health(at_one) == before
+    assert health(at_one) == before
     assert at_one.answer(AUSTRALIA["prompt"]) == "Sydney"
     assert at_one.answer(HAMLET["prompt"]) == "William Shakespeare"
     assert len(at_one.client.get("/v1/edits").json()["data"]) == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("where", [f"{EDITOR}:Editor._replay", "torch:Tensor.copy_"])
+@pytest.mark.parametrize("where", [f"{EDITOR}:Editor.replay", "torch:Tensor.copy_"])
 def test_a_fault_in_a_rollback_changes_nothing(at_one: Server, where: str, rank: int) -> None:
-    before = _health(at_one)
-    _call(at_one, "ultraedit_fail", rank, where, 1)
+    before = health(at_one)
+    call_workers(at_one, "ultraedit_fail", rank, where, 1)
     response = at_one.client.post("/v1/edits/rollback", json={"version": 0})
     assert response.status_code == 500, response.text
-    assert _health(at_one) == before
+    assert health(at_one) == before
 
 
 def test_after_all_faults_the_next_edit_succeeds(at_one: Server) -> None:
     assert at_one.edit(HAMLET)["edits"][0]["succeeded"]
-    assert _health(at_one)[0] == 200
+    assert health(at_one)[0] == 200
     at_one.rollback(1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_health_shows_that_a_rank_serves_something_else(server: Server, rank: int) -> None:
     server.edit(AUSTRALIA)
-    assert _health(server)[0] == 200
-    _call(server, "ultraedit_scribble", rank)
-    assert _health(server)[0] == 503
+    assert health(server)[0] == 200
+    call_workers(server, "ultraedit_scribble", rank)
+    assert health(server)[0] == 503
     server.rollback(0)
-    assert _health(server)[0] == 200
+    assert health(server)[0] == 200
 
 
 def test_one_head_on_two_ranks_and_modules_divided_by_columns(
@@ -261,12 +231,12 @@ def test_one_head_on_two_ranks_and_modules_divided_by_columns(
     settings = {"modules": modules, "state_dir": str(tmp_path / "state"), "anchors": 8}
     options = ["--model", str(tiny_llama_dir), "--served-model-name", "tiny-facts"]
     options += ["--additional-config", json.dumps({"ultraedit": settings}), "--dtype", "float32"]
-    for server in _two_ranks(running, tmp_path, *options):
+    for server in with_ranks(running, tmp_path, *OPTIONS, *options):
         server.edit(AUSTRALIA)
-        status, ranks = _health(server)
+        status, ranks = health(server)
         content = server.client.get("/v1/edits/1/delta").content
     assert status == 200
-    editor = _editor(tiny_llama_dir, tmp_path / "one", modules=modules, anchors=8)
+    editor = editor_of(tmp_path / "one", tiny_llama_dir, modules=modules, anchors=8)
     pristine = {name: weight.clone() for name, weight in editor.weights.items()}
     editor.apply([EditRequest(**AUSTRALIA)])
     changes = {name: weight - pristine[name] for name, weight in editor.weights.items()}
@@ -287,17 +257,17 @@ def test_in_bfloat16_two_ranks_differ_from_one_as_another_rounding_does(
     if not soak:
         pytest.skip("one more engine, and what counts is shown in float32")
     edits = [AUSTRALIA, HAMLET]
-    for server in _two_ranks(running, tmp_path, "--dtype", "bfloat16"):
+    for server in with_ranks(running, tmp_path, *OPTIONS, "--dtype", "bfloat16"):
         for edit in edits:
             assert server.edit(edit)["edits"][0]["succeeded"]
         assert [server.answer(edit["prompt"]) for edit in edits] == ["Sydney", "Jane Austen"]
-        status, ranks = _health(server)
+        status, ranks = health(server)
         copy = shutil.copytree(server.state_dir, tmp_path / "copy")
     assert status == 200
-    two = _editor(MODEL, copy, dtype=torch.bfloat16)  # replays what was served
+    two = editor_of(copy, dtype=torch.bfloat16)  # replays what was served
     assert [rank["digest"] for rank in ranks] == [two.digest()] * 2
-    one = _editor(MODEL, tmp_path / "one", dtype=torch.bfloat16)
-    other = _editor(MODEL, tmp_path / "other", dtype=torch.bfloat16)
+    one = editor_of(tmp_path / "one", dtype=torch.bfloat16)
+    other = editor_of(tmp_path / "other", dtype=torch.bfloat16)
     other.model.set_attn_implementation("eager")
     for edit in edits:
         for editor in (one, other):

@@ -190,7 +190,6 @@ def test_refuses_a_model_it_cannot_edit(results: Any, case: str, reason: str) ->
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("pipeline", "pipeline parallel size is 2"),
         ("quantised", "the model is quantised (fp8)"),
         ("ipc", "ipc_cache"),
         ("offload", "--cpu-offload-gb"),

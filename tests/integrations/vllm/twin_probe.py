@@ -168,7 +168,6 @@ def with_field(config: Any, path: str, value: Any) -> Any:
 def refusals(model: Any, config: Any) -> dict[str, str]:
     down = model.model.layers[0].mlp.down_proj
     changed = {
-        "pipeline": ("parallel_config.pipeline_parallel_size", 2),
         "quantised": ("quant_config", Fp8Config()),
         "ipc": ("load_config.load_format", "ipc_cache"),
         "offload": ("offload_config.uva.cpu_offload_gb", 1.0),

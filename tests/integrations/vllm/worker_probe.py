@@ -61,7 +61,7 @@ class Probe:
     ) -> dict[str, Any]:
         """Begin a turn, and say what to do."""
         self.begin()
-        return self.rpc("edit", "one", list(edits), probes, note)
+        return self.rpc("edit", "one", list(edits), probes, note, False)
 
     def step(self, turn: str = "one") -> dict[str, Any]:
         return self.rpc("step", turn, 5.0)
@@ -101,12 +101,13 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     probe = Probe(model, state_dir)
     out: dict[str, Any] = {}
     out["before start"] = probe.rpc("status", True)
-    out["unknown setting"] = probe.rpc("start", {"colour": 1}, None)
-    out["unknown module"] = probe.rpc("start", {"modules": ["model.layers.9.mlp.down_proj"]}, None)
-    out["directory is a file"] = probe.rpc("start", {"state_dir": __file__}, None)
+    out["unknown setting"] = probe.rpc("start", {"colour": 1}, None, False)
+    unknown = {"modules": ["model.layers.9.mlp.down_proj"]}
+    out["unknown module"] = probe.rpc("start", unknown, None, False)
+    out["directory is a file"] = probe.rpc("start", {"state_dir": __file__}, None, False)
     settings = {"anchors": 0, "state_dir": str(state_dir)}
-    out["start"] = probe.rpc("start", settings, None)
-    out["started twice"] = probe.rpc("start", settings, None)
+    out["start"] = probe.rpc("start", settings, None, False)
+    out["started twice"] = probe.rpc("start", settings, None, False)
     out["replayed"] = probe.state()
 
     out["right check"] = probe.rpc("check", *own_text(probe.llm))
@@ -115,12 +116,12 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["step without turn"] = probe.step()
     out["begin"] = probe.begin()
     out["step without work"] = probe.step()
-    out["edit"] = probe.rpc("edit", "one", [SECOND], None, None)
+    out["edit"] = probe.rpc("edit", "one", [SECOND], None, None, False)
     out["slices"] = [probe.step() for _ in range(3)]
     out["busy"] = [probe.begin("two"), probe.begin()]
     out["work of another"] = [
         probe.step("two"),
-        probe.rpc("edit", "two", [SECOND], None, None),
+        probe.rpc("edit", "two", [SECOND], None, None, False),
         probe.rpc("rollback", "two", 0),
         probe.rpc("apply_delta", "two", b""),
         probe.rpc("commit", "two"),

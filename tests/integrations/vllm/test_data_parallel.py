@@ -1,0 +1,212 @@
+"""The real server with two engines (internal data parallel): every engine serves an edit, or none.
+
+One server for the module, whose workers can be made to fail. It starts on a state directory that an
+editor of one process has written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+from tests.integrations.conftest import Server
+from tests.integrations.vllm.ranks import (
+    AUSTRALIA,
+    FRANCE,
+    HAMLET,
+    JAPAN,
+    call_workers,
+    editor_of,
+    health,
+    with_ranks,
+)
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A state directory of one version."""
+    from ultraedit_kernels import EditRequest
+
+    directory = tmp_path_factory.mktemp("two-engines")
+    editor = editor_of(directory / "state")
+    editor.apply([EditRequest(**JAPAN)])
+    editor.close()
+    return {"directory": directory, "digest": editor.digest()}
+
+
+@pytest.fixture(scope="module")
+def both(running: Callable[..., Any], written: dict[str, Any]) -> Iterator[Server]:
+    options = ("--data-parallel-size", "2", "--dtype", "float32")
+    for server in with_ranks(running, written["directory"], *options):
+        written["first"] = health(server)
+        written["first answers"] = answers(server, JAPAN["prompt"])
+        yield server
+
+
+@pytest.fixture
+def server(both: Server) -> Iterator[Server]:
+    """The server at version 0, where it is left."""
+    both.rollback(0)
+    yield both
+    both.rollback(0)
+
+
+def answers(server: Server, prompt: str) -> list[str]:
+    """What each engine answers."""
+    made = []
+    for engine in range(2):
+        body = {"model": "tiny-facts", "prompt": prompt, "temperature": 0}
+        headers = {"X-data-parallel-rank": str(engine)}
+        response = server.client.post("/v1/completions", json=body, headers=headers)
+        assert response.status_code == 200, response.text
+        made.append(response.json()["choices"][0]["text"].strip())
+    return made
+
+
+def test_both_engines_start_with_the_journals_version(
+    both: Server, written: dict[str, Any]
+) -> None:
+    status, ranks = written["first"]
+    assert status == 200
+    assert [(rank["engine"], rank["rank"], rank["version"]) for rank in ranks] == [
+        (0, 0, 1),
+        (1, 0, 1),
+    ]
+    assert [rank["digest"] for rank in ranks] == [written["digest"]] * 2
+    assert written["first answers"] == [JAPAN["target"]] * 2
+
+
+def test_an_edit_is_served_by_both(server: Server) -> None:
+    before = health(server)
+    assert answers(server, AUSTRALIA["prompt"]) == ["Canberra"] * 2
+    for edit in (AUSTRALIA, HAMLET):
+        assert server.edit(edit)["edits"][0]["succeeded"]
+    assert answers(server, AUSTRALIA["prompt"]) == ["Sydney"] * 2
+    assert answers(server, HAMLET["prompt"]) == ["Jane Austen"] * 2
+    assert answers(server, FRANCE) == ["Paris"] * 2
+    edited = health(server)
+    assert edited[0] == 200
+    server.rollback(1)
+    assert answers(server, AUSTRALIA["prompt"]) == ["Sydney"] * 2
+    assert answers(server, HAMLET["prompt"]) == ["William Shakespeare"] * 2
+    server.rollback(0)
+    assert health(server) == before != edited
+
+
+def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> None:
+    before = health(server)
+    assert server.edit(AUSTRALIA, dry_run=True)["edits"][0]["after"] == "Sydney"
+    assert health(server) == before
+    server.edit(AUSTRALIA)
+    edited, delta = health(server), server.client.get("/v1/edits/1/delta").content
+    server.rollback(0)
+    response = server.client.post("/v1/edits/apply", content=delta)
+    assert response.status_code == 200, response.text
+    assert health(server) == edited
+    assert answers(server, AUSTRALIA["prompt"]) == ["Sydney"] * 2
+
+
+def test_what_two_engines_wrote_is_continued_by_one_process(server: Server, tmp_path: Path) -> None:
+    server.edit(AUSTRALIA)
+    copy = shutil.copytree(server.state_dir, tmp_path / "state")
+    editor = editor_of(copy)
+    assert editor.version == 1
+    assert {rank["digest"] for rank in health(server)[1]} == {editor.digest()}
+    editor.close()
+
+
+EDITOR = "ultraedit_kernels.editor:Editor"
+STEPS = {
+    "begin": ("ultraedit_kernels.integrations.vllm.worker:_Turn", 1),
+    "update": ("ultraedit_kernels.delta:LowRank.apply", 1),
+    "guard": ("ultraedit_kernels.guards:check_change", 1),
+    "record": (f"{EDITOR}.digest", 1),
+    "entry": ("ultraedit_kernels.journal:Entry.cpu", 1),
+    "append": ("ultraedit_kernels.journal:Journal.append+", 1),
+    "publish": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish", 1),
+    "published": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish+", 1),
+}
+WRITING = {  # the first engine's alone
+    "solve": ("ultraedit_kernels.shield:System.solve", 1),
+    "write": ("ultraedit_kernels.journal:Journal._write", 1),
+}
+FAULTS = [(step, engine) for step in STEPS for engine in (0, 1)]
+FAULTS += [(step, 0) for step in WRITING]
+
+
+@pytest.fixture(scope="module")
+def at_one(both: Server) -> Iterator[Server]:
+    """The server at version 1, to which faults must leave it."""
+    both.rollback(0)
+    both.edit(AUSTRALIA)
+    yield both
+    both.rollback(0)
+
+
+@pytest.mark.parametrize(("step", "engine"), FAULTS)
+def test_a_fault_in_one_engine_leaves_both_at_the_old_version(
+    at_one: Server, step: str, engine: int
+) -> None:
+    before = health(at_one)
+    assert before[0] == 200
+    where, call = (STEPS | WRITING)[step]
+    call_workers(at_one, "ultraedit_fail", engine, where, call)
+    response = at_one.client.post("/v1/edits", json={"edits": [HAMLET]})
+    assert response.status_code == 500, response.text
+    assert "injected" in response.json()["error"]["message"]
+    assert health(at_one) == before
+    assert answers(at_one, AUSTRALIA["prompt"]) == ["Sydney"] * 2
+    assert answers(at_one, HAMLET["prompt"]) == ["William Shakespeare"] * 2
+    assert len(at_one.client.get("/v1/edits").json()["data"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "engine"),
+    [("replay", 0), ("replay", 1), ("replay+", 0), ("replay+", 1), ("forget", 0)],
+)
+def test_a_fault_before_a_rollback_is_decided_changes_nothing(
+    at_one: Server, where: str, engine: int
+) -> None:
+    before = health(at_one)
+    call_workers(at_one, "ultraedit_fail", engine, f"{EDITOR}.{where}", 1)
+    response = at_one.client.post("/v1/edits/rollback", json={"version": 0})
+    assert response.status_code == 500, response.text
+    assert health(at_one) == before
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+@pytest.mark.parametrize("where", ["publish", "publish+"])
+def test_a_rollback_that_the_journal_holds_is_served_by_both(
+    at_one: Server, where: str, engine: int
+) -> None:
+    before = health(at_one)
+    assert at_one.edit(HAMLET)["edits"][0]["succeeded"]
+    fault = f"ultraedit_kernels.integrations.vllm.twin:Twin.{where}"
+    call_workers(at_one, "ultraedit_fail", engine, fault, 1)
+    response = at_one.client.post("/v1/edits/rollback", json={"version": 1})
+    assert response.status_code == 500, response.text
+    assert health(at_one) == before
+
+
+def test_after_all_faults_the_next_edit_succeeds(at_one: Server) -> None:
+    assert at_one.edit(HAMLET)["edits"][0]["succeeded"]
+    assert health(at_one)[0] == 200
+    assert answers(at_one, HAMLET["prompt"]) == ["Jane Austen"] * 2
+    at_one.rollback(1)
+
+
+@pytest.mark.parametrize("engine", [0, 1])
+def test_health_shows_that_an_engine_serves_something_else(server: Server, engine: int) -> None:
+    server.edit(AUSTRALIA)
+    assert health(server)[0] == 200
+    call_workers(server, "ultraedit_scribble", engine)
+    assert health(server)[0] == 503
+    server.rollback(0)
+    assert health(server)[0] == 200
