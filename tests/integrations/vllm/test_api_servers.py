@@ -53,6 +53,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
         port = free.getsockname()[1]
     settings = '{"ultraedit": {"anchors": 16, "state_dir": "%s"}}' % (folder / "state")
     command = [sys.executable, "-c", SERVE, "serve", str(MODEL), "--api-server-count", "2"]
+    command += ["--data-parallel-size", "2"]
     command += ["--served-model-name", "tiny-facts", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--api-key", "secret", "--enforce-eager", "--dtype", "float32"]
     command += ["--worker-extension-cls", WORKER, "--additional-config", settings]
