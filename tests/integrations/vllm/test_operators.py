@@ -348,7 +348,7 @@ def test_health_shows_every_rank(server: Any) -> None:
         "status": "ok",
         "version": 1,
         "turn": False,
-        "ranks": [{"rank": 0, "version": 1, "digest": None}],
+        "ranks": [{"engine": 0, "rank": 0, "version": 1, "digest": None}],
     }
     whole = server.client.get("/v1/edits/health", params={"digest": True}).json()
     (rank,) = whole["ranks"]
@@ -378,6 +378,21 @@ def test_health_shows_a_rank_that_has_diverged(
         for i, (v, d) in enumerate(zip(versions, digests, strict=True))
     ]
     assert Health.of(ranks, recorded).status == status
+
+
+@pytest.mark.parametrize("balancer", ["external", "hybrid"])
+def test_a_server_behind_a_balancer_computes_no_edits(balancer: str) -> None:
+    from types import SimpleNamespace
+
+    from ultraedit_kernels.integrations.vllm.service import _refusal
+
+    def parallel(**given: Any) -> Any:
+        alone = {f"data_parallel_{name}_lb": False for name in ("external", "hybrid")}
+        return SimpleNamespace(**{"pipeline_parallel_size": 1} | alone | given)
+
+    assert _refusal(parallel()) == ""
+    reason = _refusal(parallel(**{f"data_parallel_{balancer}_lb": True}))
+    assert "an external load balancer" in reason
 
 
 @pytest.mark.parametrize(
