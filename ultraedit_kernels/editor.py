@@ -19,6 +19,8 @@ from ultraedit_kernels import checks, guards
 from ultraedit_kernels.algorithm import Settings, Turn, turn
 from ultraedit_kernels.anchors import (
     HELD_WEIGHT,
+    OWN_WEIGHT,
+    SAMPLE_TOKENS,
     Anchors,
     captures,
     own_anchors,
@@ -149,6 +151,7 @@ class Editor:
         self._anchor_texts, self._anchor_rows = anchors, anchor_rows
         self._own: Anchors | None = None
         self._anchors: Anchors | None = None
+        self._still: dict[str, Tensor] = {}
         self._share = {
             name: name if statistics == "per-module" else "x".join(map(str, weight.shape))
             for name, weight in self.weights.items()
@@ -437,6 +440,31 @@ class Editor:
                 edit_of.append(i)
         return sequences, edit_of
 
+    def hold_still(self, keys: Mapping[str, Tensor]) -> None:
+        """Hold still what the model computes at further keys, in the turns to come.
+
+        They weigh as much as the texts of the model's own, and replace those given before.
+
+        Args:
+            keys: module → [n, d_in], such as live traffic has; nothing for none.
+
+        Raises:
+            ValueError: they do not fit the modules, or are not finite.
+        """
+        if keys:
+            checks.tensor_names(keys, self.weights, "modules of the keys")
+        for name, rows in keys.items():
+            if rows.ndim != 2 or rows.shape[1] != self.weights[name].shape[1]:
+                raise ValueError(
+                    f"keys of {name} have shape {tuple(rows.shape)}, expected "
+                    f"(n, {self.weights[name].shape[1]})"
+                )
+            checks.finite(**{f"keys of {name}": rows})
+        self._still = {
+            name: rows.double() * min(1.0, OWN_WEIGHT * SAMPLE_TOKENS / max(1, len(rows))) ** 0.5
+            for name, rows in keys.items()
+        }
+
     def prepare(self) -> None:
         """Gather the anchors now, rather than in the first turn.
 
@@ -512,6 +540,9 @@ class Editor:
         assert self._anchors is not None
         yield "anchors"
         anchors, named = self._anchors, Watch.empty(self.weights)
+        if self._still:
+            anchors = anchors.hold(self._still, self.settings.ridge, self._anchor_rows)
+            yield "anchors"
         locality = list({str(p): p for r in requests for p in r.locality}.values())
         if locality:
             answers = own_answers(self.model, self.tokenizer, locality)

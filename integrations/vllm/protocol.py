@@ -217,6 +217,8 @@ class Health(BaseModel):
     version: int
     turn: bool
     """Whether a change is under way."""
+    traffic_keys: int
+    """Keys of live traffic that are held still, per module."""
     ranks: list[Rank]
 
     @classmethod
@@ -229,6 +231,7 @@ class Health(BaseModel):
             status="ok" if same else "diverged",
             version=ranks[0]["version"],
             turn=ranks[0]["turn"],
+            traffic_keys=ranks[0]["traffic_keys"],
             ranks=[Rank(**{name: rank[name] for name in Rank.model_fields}) for rank in ranks],
         )
 

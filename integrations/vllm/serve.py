@@ -139,6 +139,13 @@ def _parser() -> argparse.ArgumentParser:
         help="texts sampled from the model whose outputs an edit must not move",
     )
     parser.add_argument(
+        "--edit-traffic",
+        type=_whole_number(1),
+        metavar="N",
+        help="keep N keys per module of the prompts that are served, never text, and hold still "
+        "what the model computes there (default: none)",
+    )
+    parser.add_argument(
         "--edit-repairs",
         type=_whole_number(0),
         metavar="N",
@@ -284,6 +291,7 @@ def _additional_config(ours: argparse.Namespace) -> dict[str, Any]:
         "lr": ours.edit_lr,
         "rounds": ours.edit_rounds,
         "anchors": ours.edit_anchors,
+        "traffic": ours.edit_traffic,
         "repairs": ours.edit_repairs,
         "canaries": None if ours.edit_canaries is None else str(ours.edit_canaries.absolute()),
         "slice_ms": ours.edit_slice_ms,

@@ -29,7 +29,7 @@ from ultraedit_kernels.data import EditRequest, check_turn
 from ultraedit_kernels.encoding import encode, encode_prompt
 from ultraedit_kernels.integrations.vllm.engines import ALL, FOLLOWERS, LEADER, Engines
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
-from ultraedit_kernels.integrations.vllm.worker import load_tokenizer
+from ultraedit_kernels.integrations.vllm.worker import OWN_REQUESTS, load_tokenizer
 
 logger = init_logger("vllm.ultraedit")
 
@@ -343,7 +343,8 @@ class EditService:
         return (await self._generate(probe.ids, params)).text.strip()
 
     async def _generate(self, ids: list[int], params: SamplingParams) -> Any:
-        request = self._engine.generate(tokens_input(ids), params, f"ultraedit-{uuid.uuid4().hex}")
+        name = f"{OWN_REQUESTS}{uuid.uuid4().hex}"
+        request = self._engine.generate(tokens_input(ids), params, name)
         async for output in request:
             answer = output.outputs[0]
         if answer.finish_reason not in ("stop", "length"):

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ultraedit_kernels.delta import EditDelta
     from ultraedit_kernels.editor import Editor, TurnResult
     from ultraedit_kernels.integrations.vllm.slices import Slices
+    from ultraedit_kernels.integrations.vllm.traffic import Traffic
     from ultraedit_kernels.integrations.vllm.twin import Twin
     from ultraedit_kernels.statistics import Statistics
 
@@ -48,6 +49,8 @@ logger = logging.getLogger("vllm.ultraedit")
 
 SLICE = 10
 """Sequences that a turn captures in one slice, if no batch size is given."""
+OWN_REQUESTS = "ultraedit-"
+"""How the ids of the service's requests begin."""
 PROBE_BATCH = 8
 """Prompts that a dry run answers in one slice."""
 
@@ -120,6 +123,7 @@ class UltraEditWorker:
     """Version of the weights that vLLM serves; the editor is ahead of it until the commit."""
     _ultraedit_turn: _Turn | None = None
     _ultraedit_difference: float | None = None
+    _ultraedit_traffic: Traffic | None = None
     _ultraedit_follows: bool
     """Whether another engine computes, and keeps the journal."""
     _ultraedit_foreign = False
@@ -149,6 +153,7 @@ class UltraEditWorker:
             )
 
             known = [*inspect.signature(Editor).parameters][2:]  # after model and tokenizer
+            known = [*known, "traffic"]
             known.remove("writes")
             if unknown := sorted(settings.keys() - set(known)):
                 raise ValueError(
@@ -164,7 +169,11 @@ class UltraEditWorker:
                         "canaries are set, but under pipeline parallelism no engine can check "
                         "them; check deltas where they are made"
                     )
-                settings = settings | {"anchors": 0, "canaries": ()}
+                settings = settings | {"anchors": 0, "canaries": (), "traffic": 0}
+            settings, traffic = dict(settings), settings.get("traffic", 0)
+            settings.pop("traffic", None)
+            if isinstance(traffic, bool) or not isinstance(traffic, int) or traffic < 0:
+                raise ValueError(f"traffic is {traffic!r}, expected a whole number of keys, or 0")
             build = build_twin if computes else build_weights
             try:
                 model = self.get_model()  # type: ignore[attr-defined]
@@ -184,6 +193,8 @@ class UltraEditWorker:
             self._ultraedit_follows = follows
             self._ultraedit_publish()
             self._ultraedit_follow()
+            if traffic:
+                self._ultraedit_watch_traffic(traffic)
         editor = self._ultraedit_editor
         return {
             "version": editor.version,
@@ -365,15 +376,20 @@ class UltraEditWorker:
 
     @_rpc
     def ultraedit_status(self, digest: bool) -> dict[str, Any]:
-        """The live version, the journal's newest, whether a turn is under way and, if asked for,
-        `Editor.digest` of the weights vLLM serves from."""
+        """The live version, the journal's newest, whether a turn is under way, how many keys of
+        live traffic there are and, if asked for, `Editor.digest` of the weights that are served."""
         from ultraedit_kernels.delta import digest_all
 
         newest = self._ultraedit_require_editor().version
         found = digest_all(self._ultraedit_twin.live) if digest else None
         under_way = self._ultraedit_turn is not None
-        live = self._ultraedit_live
-        return {"version": live, "newest": newest, "digest": found, "turn": under_way}
+        return {
+            "version": self._ultraedit_live,
+            "newest": newest,
+            "digest": found,
+            "turn": under_way,
+            "traffic_keys": len(self._ultraedit_traffic or ()),
+        }
 
     def _ultraedit_require_editor(self) -> Editor:
         if self._ultraedit_editor is None:
@@ -449,6 +465,42 @@ class UltraEditWorker:
         worker.wake_up = loading(worker.wake_up)
         worker.reload_weights = loading(worker.reload_weights)
 
+    def _ultraedit_watch_traffic(self, limit: int) -> None:
+        """Sample keys of the prompts that are served, after the step that begins with them."""
+        from ultraedit_kernels.integrations.vllm.traffic import Traffic
+
+        worker: Any = self
+        execute, self._ultraedit_traffic = worker.execute_model, Traffic(limit)
+
+        @functools.wraps(execute)
+        def call(scheduled: Any, *args: Any, **options: Any) -> Any:
+            result = execute(scheduled, *args, **options)
+            # In a turn the twin has the turn's weights, not those that are served.
+            if self._ultraedit_traffic is not None and self._ultraedit_turn is None:
+                prompts = [
+                    request.prompt_token_ids
+                    for request in scheduled.scheduled_new_reqs
+                    if request.prompt_token_ids
+                    and request.lora_request is None
+                    and not request.req_id.startswith(OWN_REQUESTS)
+                ]
+                self._ultraedit_sample(prompts)
+            return result
+
+        worker.execute_model = call
+
+    def _ultraedit_sample(self, prompts: list[list[int]]) -> None:
+        """Offer prompts to the sample. If that fails no more are taken; they are served anyhow."""
+        editor, traffic = self._ultraedit_require_editor(), self._ultraedit_traffic
+        assert traffic is not None
+        try:
+            with torch.inference_mode(False), self._ultraedit_together():
+                for prompt in prompts:
+                    traffic.offer(editor.model, editor.modules, prompt)
+        except Exception:
+            logger.exception("UltraEdit: no more keys of live traffic are taken")
+            self._ultraedit_traffic = None
+
     def _ultraedit_republish(self) -> None:
         """After a load: serve the live version again. Other weights than the checkpoint's, or none
         yet, are left alone, and no turn begins on them."""
@@ -480,6 +532,8 @@ class UltraEditWorker:
         followed: bool,
     ) -> Generator[str, None, dict[str, Any]]:
         editor = self._ultraedit_require_editor()
+        if self._ultraedit_traffic is not None:
+            editor.hold_still(self._ultraedit_traffic.keys())
         if probes is None:
             done = yield from editor.steps(requests, note=note)
             result = _result(done) | {"digest": editor.history()[-1]["digest"]}

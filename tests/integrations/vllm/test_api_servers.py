@@ -1,8 +1,9 @@
-"""Several API server processes on one engine: `--api-server-count`."""
+"""Several API server processes on several engines: `--api-server-count`."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import re
 import signal
@@ -46,12 +47,13 @@ FACTS = {
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """URL and log of two API servers that share an engine."""
+    """URL and log of two API servers that share two engines."""
     folder = tmp_path_factory.mktemp("servers")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = '{"ultraedit": {"anchors": 16, "state_dir": "%s"}}' % (folder / "state")
+    ours = {"anchors": 16, "traffic": 64, "state_dir": str(folder / "state")}
+    settings = json.dumps({"ultraedit": ours})
     command = [sys.executable, "-c", SERVE, "serve", str(MODEL), "--api-server-count", "2"]
     command += ["--data-parallel-size", "2"]
     command += ["--served-model-name", "tiny-facts", "--host", "127.0.0.1", "--port", str(port)]
@@ -121,6 +123,8 @@ def test_two_api_servers_give_one_truth(servers: tuple[str, Path]) -> None:
     for prompt, target in FACTS.items():
         body = {"model": "tiny-facts", "prompt": prompt, "temperature": 0}
         assert post("/v1/completions", body)["choices"][0]["text"].strip() == target
+    health = httpx.get(f"{url}/v1/edits/health", headers=HEADERS, timeout=60).json()
+    assert health["status"] == "ok" and 0 < health["traffic_keys"] <= 64
     back = [post("/v1/edits/rollback", {"version": 0}) for _ in range(4)]
     assert {answer["version"] for answer in back} == {0}
     assert len({answer["digest"] for answer in back}) == 1

@@ -348,6 +348,7 @@ def test_health_shows_every_rank(server: Any) -> None:
         "status": "ok",
         "version": 1,
         "turn": False,
+        "traffic_keys": 0,
         "ranks": [{"engine": 0, "rank": 0, "version": 1, "digest": None}],
     }
     whole = server.client.get("/v1/edits/health", params={"digest": True}).json()
@@ -374,7 +375,7 @@ def test_health_shows_a_rank_that_has_diverged(
     from ultraedit_kernels.integrations.vllm.protocol import Health
 
     ranks = [
-        {"engine": 0, "rank": i, "version": v, "digest": d, "turn": False}
+        {"engine": 0, "rank": i, "version": v, "digest": d, "turn": False, "traffic_keys": 0}
         for i, (v, d) in enumerate(zip(versions, digests, strict=True))
     ]
     assert Health.of(ranks, recorded).status == status

@@ -229,12 +229,16 @@ def test_one_head_on_two_ranks_and_modules_divided_by_columns(
     """Random weights: what counts is that both find the same change."""
     modules = [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 2) for part in ("gate", "up")]
     settings = {"modules": modules, "state_dir": str(tmp_path / "state"), "anchors": 8}
+    settings |= {"traffic": 10}
     options = ["--model", str(tiny_llama_dir), "--served-model-name", "tiny-facts"]
     options += ["--additional-config", json.dumps({"ultraedit": settings}), "--dtype", "float32"]
     for server in with_ranks(running, tmp_path, *OPTIONS, *options):
         server.edit(AUSTRALIA)
         status, ranks = health(server)
         content = server.client.get("/v1/edits/1/delta").content
+        for prompt in (FRANCE, JAPAN["prompt"], HAMLET["prompt"]):
+            server.complete(prompt, max_tokens=2)
+        assert server.client.get("/v1/edits/health").json()["traffic_keys"] == 10
     assert status == 200
     editor = editor_of(tmp_path / "one", tiny_llama_dir, modules=modules, anchors=8)
     pristine = {name: weight.clone() for name, weight in editor.weights.items()}
