@@ -229,7 +229,7 @@ def test_no_request_is_answered_with_5xx_or_changes_the_model(
     )
     assert server.client.get("/v1/edits").json()["data"] == []
     assert server.client.get("/v1/edits/health", params={"digest": True}).json()["ranks"] == [
-        {"rank": 0, "version": 0, "digest": digest}
+        {"engine": 0, "rank": 0, "version": 0, "digest": digest}
     ]
     assert server.answer(CAPITAL["prompt"]) == "Canberra"
     assert server.edit(CAPITAL)["edits"][0]["succeeded"]
