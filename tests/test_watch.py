@@ -77,7 +77,7 @@ def test_check_finds_what_broke_and_lets_go_what_was_asked_for(
     first = int((broken.margin < 0).nonzero()[0])
     assert broken.owner[first] == 0
 
-    def check(repairs: Repairs) -> list:
+    def check(repairs: Repairs) -> list[int]:
         steps = repairs.check(model, MODULES, delta, 8)
         while True:
             try:
@@ -88,8 +88,8 @@ def test_check_finds_what_broke_and_lets_go_what_was_asked_for(
     none = Anchors.empty(weights).keys
     repairs = Repairs(watch, none, [], 10)
     found = check(repairs)
-    assert sequences[0] in found and repairs.released == [] and repairs.checked >= 1
-    assert sequences[0] not in check(repairs)  # it is being repaired already
+    assert 0 in found and repairs.released == [] and repairs.checked >= 1
+    assert 0 not in check(repairs)  # it is being repaired already
     assert Repairs(watch, none, [], 0).due == 0
     # The same damage, if an edit asked for the very substitution.
     # An edit of the same prompt asked for it; one of another prompt did so elsewhere.
@@ -102,10 +102,27 @@ def test_check_finds_what_broke_and_lets_go_what_was_asked_for(
         asked.expect(replace(before, chosen=broken.labels[first : first + 1]))
         for name, factor in delta.items():
             factor.apply(weights[name])
-        assert (sequences[0] not in check(asked)) == mine
+        assert (0 not in check(asked)) == mine
         assert asked.released == ([0] if mine else [])
     # A prompt that is taught anew is let go at once.
     assert Repairs(watch, none, [sequences[2]], 10).released == [2]
+
+
+def test_edits_that_nothing_threatens_are_checked_in_turn(model, weights, watch):
+    none, nothing = Anchors.empty(weights).keys, {n: LowRank.empty(w) for n, w in weights.items()}
+    checked = []
+    for number in range(4):
+        repairs = Repairs(watch, none, [], budget=1, number=number)
+        steps = repairs.check(model, MODULES, nothing, 8)
+        while next(steps, None) is not None:
+            pass
+        checked.append(repairs.checked)
+    assert watch.own == 0 and checked == [1] * 4
+    texts = replace(watch, own=len(watch))  # texts of the model's own have no turns
+    repairs = Repairs(texts, none, [], budget=1)
+    for _ in repairs.check(model, MODULES, nothing, 8):
+        pass
+    assert repairs.checked == 0
 
 
 def test_join_without_and_the_file_form(watch):

@@ -55,8 +55,8 @@ class Settings:
     engine rounds differently than the side pass, and a wider lead carries over to other phrasings;
     an edit that brings k rephrases needs less of it, and is asked for 1 / (k + 1)."""
     repairs: int = 200
-    """Most watched sequences that a turn runs through the model at a time, twice, to repair those
-    that it broke."""
+    """Most watched sequences that a turn runs through the model at a time, because it threatens them
+    or, as many earlier edits, because it is their turn, to repair those that broke."""
     batch_size: int = 32
     """Sequences per capture batch, over whose answer tokens the loss is averaged."""
 
@@ -95,6 +95,7 @@ def turn(
     share: Mapping[str, str],
     anchors: Anchors,
     settings: Settings,
+    number: int,
 ) -> Generator[str, None, Turn]:
     """Step until every edit holds, changing `weights` in place; yields after each slice of work.
 
@@ -104,6 +105,7 @@ def turn(
         sequences: what must be said, as tokens; `edit_of[i]` is the edit that sequence i teaches.
         statistics: running statistics; `share[module]` names the ones that a module uses.
         anchors: what must be left as it is.
+        number: of the turn, see `watch.Repairs`.
     """
     delta = {name: LowRank.empty(weight) for name, weight in weights.items()}
     limits = {name: MAX_STEP * norm(weight) for name, weight in start.items()}
@@ -113,7 +115,7 @@ def turn(
     sequences, item_of = list(sequences), list(edit_of)
     wanted = [wanted_margin(settings.margin, item_of.count(edit)) for edit in range(edits)]
     budget = settings.repairs if settings.rounds > 1 else 0
-    repairs = Repairs(anchors.watch, anchors.keys, sequences, budget)
+    repairs = Repairs(anchors.watch, anchors.keys, sequences, budget, number)
     rounds = [0] * edits
     step = 0
     while True:
@@ -139,9 +141,11 @@ def turn(
         if repairs.due and not spent and (over or step >= settings.rounds - REPAIR_ROUNDS):
             broken = yield from repairs.check(model, list(weights), delta, settings.batch_size)
             if broken:
-                sequences += broken
+                sequences += [anchors.watch.sequences[i] for i in broken]
                 item_of += range(len(wanted), len(wanted) + len(broken))
-                wanted += [LEAST_LEAD] * len(broken)
+                # An edit that broke once is as likely to break again as its lead is short.
+                texts = anchors.watch.own
+                wanted += [LEAST_LEAD if i < texts else settings.margin for i in broken]
                 rounds += [0] * len(broken)
                 continue
         if over:

@@ -229,6 +229,7 @@ class Editor:
                 self._share,
                 anchors,
                 self.settings,
+                self.version + 1,
             )
             while True:
                 slice_begun = time.perf_counter()

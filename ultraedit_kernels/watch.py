@@ -22,7 +22,9 @@ from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.shield import shielded
 
 LEAST_LEAD = 1.0
-"""Lead, logits, that a repair restores."""
+"""Lead, logits, that a repair of a text restores; of an edit, the whole margin."""
+WEAK_LEAD = 0.5
+"""Lead, logits, of an earlier edit below which it is repaired though it still holds."""
 THREAT = 0.1
 """Share of a token's lead that a turn must take, to first order, before its sequence is checked."""
 SAME_KEY = 0.55
@@ -198,7 +200,9 @@ class Repairs:
         watch: what is watched.
         shields: module → shield of the keys, see `shield.extend_shield`.
         sequences: what the turn teaches; an earlier edit of the same prompt is let go.
-        budget: most sequences to run through the model at a time.
+        budget: most sequences to run through the model at a time because they are threatened, and
+            as many earlier edits that take turns: what no first-order change shows is found.
+        number: of the turn, which says whose turn it is.
     """
 
     def __init__(
@@ -207,6 +211,7 @@ class Repairs:
         shields: Mapping[str, Tensor],
         sequences: Seq[Sequence],
         budget: int,
+        number: int = 0,
     ) -> None:
         self.due = CHECKS if budget and len(watch) else 0
         """Checks to come."""
@@ -216,9 +221,9 @@ class Repairs:
         """Indices of sequences to watch no longer."""
         self.watch = watch
         """With the leads as the turn leaves them."""
-        self._shields, self._budget = shields, budget
+        self._shields, self._budget, self._number = shields, budget, number
         self.broken: list[int] = []
-        """Indices of sequences that lost their lead, in the order in which they were found."""
+        """Indices of sequences to repair, in the order in which they were found."""
         self._asked: list[tuple[tuple[int, int], dict[str, Tensor]]] = []
 
     def expect(self, captured: Captured) -> None:
@@ -248,7 +253,7 @@ class Repairs:
 
     def check(
         self, model: nn.Module, modules: Seq[str], delta: Mapping[str, LowRank], batch_size: int
-    ) -> Generator[str, None, list[Sequence]]:
+    ) -> Generator[str, None, list[int]]:
         """Run the sequences that the change threatens most through the model; those that broke.
 
         One that now makes the substitution that an edit asks for, at nearly its key, is taken for
@@ -262,6 +267,8 @@ class Repairs:
         first = self.due == CHECKS
         worst.sort(key=lambda i: i < self.watch.own)
         threatened = [i for i in worst if first or i >= self.watch.own][: self._budget]
+        if first:
+            threatened += self._others_turn({*threatened, *self.released, *self.broken})
         self.due, self.checked = self.due - 1, self.checked + len(threatened)
         broken: list[int] = []
         for start in range(0, len(threatened), batch_size):
@@ -270,14 +277,21 @@ class Repairs:
             captured = capture(model, sequences, modules, backward=False)
             self.watch = self.watch.measured(captured, dict(enumerate(part)), shift)
             seen = set()
-            for row in (captured.margin < 0).nonzero().flatten().tolist():
+            least = captured.margin.new_tensor([(i >= self.watch.own) * WEAK_LEAD for i in part])
+            for row in (captured.margin < least[captured.owner]).nonzero().flatten().tolist():
                 i = part[int(captured.owner[row])]
                 if i not in seen:  # its first token that changed
                     (self.released if self._asked_for(captured, row) else broken).append(i)
                 seen.add(i)
             yield "capture"
         self.broken += broken
-        return [self.watch.sequences[i] for i in broken]
+        return broken
+
+    def _others_turn(self, left_out: set[int]) -> list[int]:
+        """Edits to check though nothing threatens them; each has its turn within some turns."""
+        edits = range(self.watch.own, len(self.watch))
+        every = max(1, -(-len(edits) // max(1, self._budget)))
+        return [i for i in edits if (i - self._number) % every == 0 and i not in left_out]
 
     def settle(
         self, delta: Mapping[str, LowRank], batches: Seq[tuple[Captured, Mapping[int, int]]]
