@@ -88,6 +88,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16, stochastic": {"rounding": "stochastic"},
 }
 """Of ours in a long stream: arguments of `Editor`."""
+STREAMS = ("published", *VARIANTS)
 
 
 @dataclass(frozen=True)
@@ -494,13 +495,15 @@ class Task:
     options: tuple[str, ...] = ()
 
 
-def tasks(parts: Sequence[str], scale: Scale, files: dict[str, str]) -> Iterator[Task]:
+def tasks(
+    parts: Sequence[str], scale: Scale, files: dict[str, str], variants: Sequence[str] = STREAMS
+) -> Iterator[Task]:
     """The longest first, so that two workers end together."""
     if "lifelong" in parts:
         source = Source(
             scale.seeds[0], scale.lifelong_facts, scale.lifelong_hidden, scale.lifelong_epochs
         )
-        for variant in ("published", *VARIANTS):
+        for variant in variants:
             given = VARIANTS.get(variant, {})
             if not set(given) <= set(inspect.signature(Editor).parameters):
                 _say(f"lifelong: Editor knows no {', '.join(given)}: without {variant}")
@@ -531,10 +534,15 @@ def tasks(parts: Sequence[str], scale: Scale, files: dict[str, str]) -> Iterator
 
 
 def run(
-    parts: Sequence[str], scale: Scale, folder: Path, files: dict[str, str], workers: int
+    parts: Sequence[str],
+    scale: Scale,
+    folder: Path,
+    files: dict[str, str],
+    workers: int,
+    variants: Sequence[str] = STREAMS,
 ) -> None:
     """Train what is missing, then make what is missing or was made by other code."""
-    wanted = list(tasks(parts, scale, files))
+    wanted = list(tasks(parts, scale, files, variants))
     code = code_digest()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     context = multiprocessing.get_context("spawn")
@@ -592,6 +600,9 @@ def main() -> None:
     parser.add_argument(
         "--baselines", nargs="*", default=list(comparison.BASELINES), choices=comparison.BASELINES
     )
+    parser.add_argument(
+        "--streams", nargs="*", default=list(STREAMS), choices=STREAMS, help="of lifelong"
+    )
     parser.add_argument("--dir", type=Path, default=ROOT / "build-evaluate")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -605,7 +616,7 @@ def main() -> None:
         given = {"counterfact": args.counterfact, "zsre": args.zsre}
         files = {part: file for part, file in given.items() if file}
         scale = Scale(baselines=tuple(args.baselines))
-        run(args.parts or PARTS, scale, args.dir, files, args.workers)
+        run(args.parts or PARTS, scale, args.dir, files, args.workers, args.streams)
     evaluate_report.write(args.dir / "results", ROOT / "bench" / "results", ROOT / "docs")
 
 

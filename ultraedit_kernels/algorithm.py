@@ -55,8 +55,8 @@ class Settings:
     engine rounds differently than the side pass, and a wider lead carries over to other phrasings;
     an edit that brings k rephrases needs less of it, and is asked for 1 / (k + 1)."""
     repairs: int = 200
-    """Most watched sequences that a turn runs through the model at a time, because it threatens them
-    or, as many earlier edits, because it is their turn, to repair those that broke."""
+    """Most watched sequences that a turn runs through the model at a time because it threatens
+    them, and as many earlier edits because it is their turn; those that broke are repaired."""
     batch_size: int = 32
     """Sequences per capture batch, over whose answer tokens the loss is averaged."""
 
