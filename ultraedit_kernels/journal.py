@@ -222,6 +222,9 @@ class Journal:
         Raises OSError if there is no room; nothing is lost then.
         """
         assert self._directory is not None
+        if not self._writes:
+            self._snapshots = self._versions("snapshot-")[-2:]
+            return
         version = len(self)
         statistics, d_in = to_tensors(snapshot.statistics)
         records = json.dumps(self._records).encode()
@@ -234,12 +237,9 @@ class Journal:
         tensors = {f"{part}.{n}": t for part, named in parts.items() for n, t in named.items()}
         tensors |= statistics | {"records": torch.frombuffer(bytearray(records), dtype=torch.uint8)}
         metadata = {"statistics_d_in": json.dumps(d_in)}
-        if self._writes:
-            self._write(self._snapshot_path(version), tensors, metadata)
-            self._snapshots.append(version)
-            self._let_go()
-        else:
-            self._snapshots = self._versions("snapshot-")[-2:]
+        self._write(self._snapshot_path(version), tensors, metadata)
+        self._snapshots.append(version)
+        self._let_go()
 
     def truncate(self, version: int) -> None:
         """Forget all versions after `version`: all of them, or none if it raises."""

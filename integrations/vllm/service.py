@@ -270,7 +270,8 @@ class EditService:
                     "GET /v1/edits lists the others",
                     "version",
                 )
-            for engines in (FOLLOWERS, LEADER)[len(self._engines) == 1 :]:
+            # The journal is the first engine's: it decides when the others can follow.
+            for engines in [FOLLOWERS, LEADER] if len(self._engines) > 1 else [LEADER]:
                 await self._slice("ultraedit_rollback", turn, version, engines=engines)
                 await self._work(turn, engines=engines)
             commit_ms = await self._commit(turn, version)

@@ -194,7 +194,7 @@ def build_weights(
 
             ranks = _ranks(vllm_config.device_config.device_type, get_world_group())
         locate = _locator(model, core, sources, size)
-        held, refusal = _held(names, locate, whole, core, size)
+        held, refusal = _held(names, locate, whole, core, sources, size)
         told = [(held, refusal)] if ranks is None else ranks.gather_objects((held, refusal))
         if refusals := [text for _, text in told if text]:
             raise UnsupportedModelError(refusals[0])
@@ -229,6 +229,7 @@ def _held(
     locate: Callable[[str], Tensor | None],
     whole: Any,
     core: nn.Module,
+    sources: dict[str, Tensor],
     size: int,
 ) -> tuple[dict[str, int], str]:
     """Which of the modules this rank has, and in which dimension each is divided; or why it cannot
@@ -236,7 +237,7 @@ def _held(
     from vllm.model_executor.layers.linear import RowParallelLinear
 
     try:
-        _check_weights(dict(_served_tensors(core)))
+        _check_weights(sources)
         layers, held = _layers_by_storage(core), {}
         for name in names:
             if (view := locate(f"{name}.weight")) is not None:

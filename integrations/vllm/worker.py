@@ -170,8 +170,8 @@ class UltraEditWorker:
                         "them; check deltas where they are made"
                     )
                 settings = settings | {"anchors": 0, "canaries": (), "traffic": 0}
-            settings, traffic = dict(settings), settings.get("traffic", 0)
-            settings.pop("traffic", None)
+            traffic = settings.get("traffic", 0)
+            settings = {name: value for name, value in settings.items() if name != "traffic"}
             if isinstance(traffic, bool) or not isinstance(traffic, int) or traffic < 0:
                 raise ValueError(f"traffic is {traffic!r}, expected a whole number of keys, or 0")
             build = build_twin if computes else build_weights

@@ -52,6 +52,56 @@ def with_ranks(
             yield server
 
 
+def version_one(directory: Path, **settings: Any) -> str:
+    """Write a state directory of one version, made in one process; its digest."""
+    from ultraedit_kernels import EditRequest
+
+    editor = editor_of(directory / "state", **settings)
+    editor.apply([EditRequest(**JAPAN)])
+    editor.close()
+    return editor.digest()
+
+
+def at_version(server: Server, *edits: dict[str, Any]) -> Iterator[Server]:
+    """The server with these edits, each a version; left at version 0."""
+    server.rollback(0)
+    for edit in edits:
+        server.edit(edit)
+    yield server
+    server.rollback(0)
+
+
+def check_fault(server: Server, place: int, where: str, call: int) -> None:
+    """An edit that fails at one place leaves the server at version 1, of AUSTRALIA."""
+    before = health(server)
+    assert before[0] == 200
+    call_workers(server, "ultraedit_fail", place, where, call)
+    response = server.client.post("/v1/edits", json={"edits": [HAMLET]})
+    assert response.status_code == 500, response.text
+    assert "injected" in response.json()["error"]["message"]
+    assert health(server) == before
+    assert server.answer(AUSTRALIA["prompt"]) == "Sydney"
+    assert server.answer(HAMLET["prompt"]) == "William Shakespeare"
+    assert len(server.client.get("/v1/edits").json()["data"]) == 1
+
+
+def check_rollback_fault(server: Server, place: int, where: str, version: int = 0) -> None:
+    """A rollback that fails at one place is refused."""
+    call_workers(server, "ultraedit_fail", place, where, 1)
+    response = server.client.post("/v1/edits/rollback", json={"version": version})
+    assert response.status_code == 500, response.text
+
+
+def check_divergence(server: Server, place: int) -> None:
+    """Health shows that one place serves something else, until a rollback mends it."""
+    server.edit(AUSTRALIA)
+    assert health(server)[0] == 200
+    call_workers(server, "ultraedit_scribble", place)
+    assert health(server)[0] == 503
+    server.rollback(0)
+    assert health(server)[0] == 200
+
+
 def health(server: Server) -> tuple[int, list[dict[str, Any]]]:
     """Status, and what each rank serves."""
     response = server.client.get("/v1/edits/health?digest=true")

@@ -20,9 +20,13 @@ from tests.integrations.vllm.ranks import (
     FRANCE,
     HAMLET,
     JAPAN,
-    call_workers,
+    at_version,
+    check_divergence,
+    check_fault,
+    check_rollback_fault,
     editor_of,
     health,
+    version_one,
     with_ranks,
 )
 
@@ -32,13 +36,8 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A state directory of one version."""
-    from ultraedit_kernels import EditRequest
-
     directory = tmp_path_factory.mktemp("two-engines")
-    editor = editor_of(directory / "state")
-    editor.apply([EditRequest(**JAPAN)])
-    editor.close()
-    return {"directory": directory, "digest": editor.digest()}
+    return {"directory": directory, "digest": version_one(directory)}
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +52,7 @@ def both(running: Callable[..., Any], written: dict[str, Any]) -> Iterator[Serve
 @pytest.fixture
 def server(both: Server) -> Iterator[Server]:
     """The server at version 0, where it is left."""
-    both.rollback(0)
-    yield both
-    both.rollback(0)
+    yield from at_version(both)
 
 
 def answers(server: Server, prompt: str) -> list[str]:
@@ -144,27 +141,16 @@ FAULTS += [(step, 0) for step in WRITING]
 @pytest.fixture(scope="module")
 def at_one(both: Server) -> Iterator[Server]:
     """The server at version 1, to which faults must leave it."""
-    both.rollback(0)
-    both.edit(AUSTRALIA)
-    yield both
-    both.rollback(0)
+    yield from at_version(both, AUSTRALIA)
 
 
 @pytest.mark.parametrize(("step", "engine"), FAULTS)
 def test_a_fault_in_one_engine_leaves_both_at_the_old_version(
     at_one: Server, step: str, engine: int
 ) -> None:
-    before = health(at_one)
-    assert before[0] == 200
-    where, call = (STEPS | WRITING)[step]
-    call_workers(at_one, "ultraedit_fail", engine, where, call)
-    response = at_one.client.post("/v1/edits", json={"edits": [HAMLET]})
-    assert response.status_code == 500, response.text
-    assert "injected" in response.json()["error"]["message"]
-    assert health(at_one) == before
+    check_fault(at_one, engine, *(STEPS | WRITING)[step])
     assert answers(at_one, AUSTRALIA["prompt"]) == ["Sydney"] * 2
     assert answers(at_one, HAMLET["prompt"]) == ["William Shakespeare"] * 2
-    assert len(at_one.client.get("/v1/edits").json()["data"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -175,9 +161,7 @@ def test_a_fault_before_a_rollback_is_decided_changes_nothing(
     at_one: Server, where: str, engine: int
 ) -> None:
     before = health(at_one)
-    call_workers(at_one, "ultraedit_fail", engine, f"{EDITOR}.{where}", 1)
-    response = at_one.client.post("/v1/edits/rollback", json={"version": 0})
-    assert response.status_code == 500, response.text
+    check_rollback_fault(at_one, engine, f"{EDITOR}.{where}")
     assert health(at_one) == before
 
 
@@ -189,9 +173,7 @@ def test_a_rollback_that_the_journal_holds_is_served_by_both(
     before = health(at_one)
     assert at_one.edit(HAMLET)["edits"][0]["succeeded"]
     fault = f"ultraedit_kernels.integrations.vllm.twin:Twin.{where}"
-    call_workers(at_one, "ultraedit_fail", engine, fault, 1)
-    response = at_one.client.post("/v1/edits/rollback", json={"version": 1})
-    assert response.status_code == 500, response.text
+    check_rollback_fault(at_one, engine, fault, version=1)
     assert health(at_one) == before
 
 
@@ -204,9 +186,4 @@ def test_after_all_faults_the_next_edit_succeeds(at_one: Server) -> None:
 
 @pytest.mark.parametrize("engine", [0, 1])
 def test_health_shows_that_an_engine_serves_something_else(server: Server, engine: int) -> None:
-    server.edit(AUSTRALIA)
-    assert health(server)[0] == 200
-    call_workers(server, "ultraedit_scribble", engine)
-    assert health(server)[0] == 503
-    server.rollback(0)
-    assert health(server)[0] == 200
+    check_divergence(server, engine)

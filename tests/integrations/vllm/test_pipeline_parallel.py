@@ -3,6 +3,7 @@ none."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from tests.integrations.vllm.ranks import (
     FRANCE,
     HAMLET,
     JAPAN,
+    at_version,
     call_workers,
     editor_of,
     health,
+    version_one,
     with_ranks,
 )
 from ultraedit_kernels import EditRequest
@@ -30,10 +33,8 @@ pytestmark = pytest.mark.vllm
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A state directory of one version, and other changes: delta files, digests after each."""
     directory = tmp_path_factory.mktemp("two-stages")
-    editor = editor_of(directory / "state", anchors=0)
-    editor.apply([EditRequest(**JAPAN)])
-    editor.close()
-    found: dict[str, Any] = {"directory": directory, "first": editor.digest(), "deltas": []}
+    first = version_one(directory, anchors=0)
+    found: dict[str, Any] = {"directory": directory, "first": first, "deltas": []}
     elsewhere = editor_of(directory / "elsewhere")
     found["digests"] = [elsewhere.digest()]
     for edit in (AUSTRALIA, HAMLET):
@@ -54,9 +55,7 @@ def divided(running: Callable[..., Any], made: dict[str, Any]) -> Iterator[Serve
 @pytest.fixture
 def server(divided: Server) -> Iterator[Server]:
     """The server at version 0, where it is left."""
-    divided.rollback(0)
-    yield divided
-    divided.rollback(0)
+    yield from at_version(divided)
 
 
 def apply(server: Server, delta: bytes, status: int = 200) -> dict[str, Any]:
@@ -119,8 +118,6 @@ def test_a_cached_prompt_and_running_streams_see_the_change(
 def test_what_the_stages_wrote_is_continued_by_one_process(
     server: Server, made: dict[str, Any], tmp_path: Path
 ) -> None:
-    import shutil
-
     apply(server, made["deltas"][0])
     editor = editor_of(shutil.copytree(server.state_dir, tmp_path / "state"))
     assert (editor.version, editor.digest()) == (1, made["digests"][1])

@@ -22,9 +22,13 @@ from tests.integrations.vllm.ranks import (
     FRANCE,
     HAMLET,
     JAPAN,
-    call_workers,
+    at_version,
+    check_divergence,
+    check_fault,
+    check_rollback_fault,
     editor_of,
     health,
+    version_one,
     with_ranks,
 )
 from ultraedit_kernels import EditDelta, Editor, EditRequest
@@ -39,10 +43,7 @@ OPTIONS = ("--tensor-parallel-size", "2")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A state directory of one version, made on one rank."""
     directory = tmp_path_factory.mktemp("two-ranks")
-    editor = editor_of(directory / "state")
-    editor.apply([EditRequest(**JAPAN)])
-    editor.close()
-    return {"directory": directory, "digest": editor.digest()}
+    return {"directory": directory, "digest": version_one(directory)}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,7 @@ def divided(running: Any, written: dict[str, Any]) -> Iterator[Server]:
 @pytest.fixture
 def server(divided: Server) -> Iterator[Server]:
     """The server at version 0, where it is left."""
-    divided.rollback(0)
-    yield divided
-    divided.rollback(0)
+    yield from at_version(divided)
 
 
 def _weights(server: Server, version: int) -> dict[str, torch.Tensor]:
@@ -174,36 +173,21 @@ FAULTS = [(step, rank) for step in STEPS for rank in (0, 1)] + [(step, 0) for st
 @pytest.fixture(scope="module")
 def at_one(divided: Server) -> Iterator[Server]:
     """The server at version 1, to which faults must leave it."""
-    divided.rollback(0)
-    divided.edit(AUSTRALIA)
-    yield divided
-    divided.rollback(0)
+    yield from at_version(divided, AUSTRALIA)
 
 
 @pytest.mark.parametrize(("step", "rank"), FAULTS)
 def test_a_fault_on_one_rank_leaves_both_at_the_old_version(
     at_one: Server, step: str, rank: int
 ) -> None:
-    before = health(at_one)
-    assert before[0] == 200
-    where, call = (STEPS | WRITING)[step]
-    call_workers(at_one, "ultraedit_fail", rank, where, call)
-    response = at_one.client.post("/v1/edits", json={"edits": [HAMLET]})
-    assert response.status_code == 500, response.text
-    assert "injected" in response.json()["error"]["message"]
-    assert health(at_one) == before
-    assert at_one.answer(AUSTRALIA["prompt"]) == "Sydney"
-    assert at_one.answer(HAMLET["prompt"]) == "William Shakespeare"
-    assert len(at_one.client.get("/v1/edits").json()["data"]) == 1
+    check_fault(at_one, rank, *(STEPS | WRITING)[step])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("where", [f"{EDITOR}:Editor.replay", "torch:Tensor.copy_"])
 def test_a_fault_in_a_rollback_changes_nothing(at_one: Server, where: str, rank: int) -> None:
     before = health(at_one)
-    call_workers(at_one, "ultraedit_fail", rank, where, 1)
-    response = at_one.client.post("/v1/edits/rollback", json={"version": 0})
-    assert response.status_code == 500, response.text
+    check_rollback_fault(at_one, rank, where)
     assert health(at_one) == before
 
 
@@ -215,12 +199,7 @@ def test_after_all_faults_the_next_edit_succeeds(at_one: Server) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_health_shows_that_a_rank_serves_something_else(server: Server, rank: int) -> None:
-    server.edit(AUSTRALIA)
-    assert health(server)[0] == 200
-    call_workers(server, "ultraedit_scribble", rank)
-    assert health(server)[0] == 503
-    server.rollback(0)
-    assert health(server)[0] == 200
+    check_divergence(server, rank)
 
 
 def test_one_head_on_two_ranks_and_modules_divided_by_columns(
