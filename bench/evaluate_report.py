@@ -7,6 +7,7 @@ plot carries its conditions.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -285,15 +286,17 @@ def _variant(result: Result) -> str:
 def _lifelong(results: list[Result]) -> str:
     scale = results[0]["key"]["scale"]
     first = f"first {scale['lifelong_first']}"
-    last = max(row["after"] for result in results for row in result["rows"])
+    ends = {max(row["after"] for row in result["rows"]) for result in results}
     lines = [
-        f"| after {last:,} edits | efficacy | generalisation | specificity | {first}: efficacy | "
+        f"| | after edits | efficacy | generalisation | specificity | {first}: efficacy | "
         "edited again: efficacy | perplexity | seconds | first and last 10 turns, s each |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     ordered = sorted(results, key=lambda r: (r["name"] != "ours", r["name"] != "published"))
-    for result in ordered:
-        rows = {row["asked"]: row for row in result["rows"] if row["after"] == last}
+    for end, result in itertools.product(sorted(ends, reverse=True), ordered):
+        rows = {row["asked"]: row for row in result["rows"] if row["after"] == end}
+        if not rows:
+            continue
         so_far = rows["all so far"]
         cells = [f"{100 * so_far['generation'][s]:.1f}" for s in SCORES]
         cells += [
@@ -302,12 +305,13 @@ def _lifelong(results: list[Result]) -> str:
         ]
         cells.append(f"{100 * (so_far['perplexity'] / result['perplexity_before'] - 1):+.1f}")
         cells.append(f"{so_far['seconds']:.0f}")
-        turns = result["turn_seconds"]
+        turns = result["turn_seconds"][: math.ceil(end / scale["turn_size"])]
         cells.append(f"{mean(turns[:10]):.2f}, {mean(turns[-10:]):.2f}")
-        lines.append(f"| {_variant(result)} | {' | '.join(cells)} |")
+        lines.append(f"| {_variant(result)} | {end:,} | {' | '.join(cells)} |")
     rate = next((f"{r['lr']:.2g}" for r in results if "lr" in r), "not run")
     note = (
-        f"{last:,} edits in turns of {scale['turn_size']}, one stream; "
+        f"{scale['lifelong_edits']:,} edits in turns of {scale['turn_size']}, one stream, "
+        "ablations on the first part of it; "
         f"{100 * scale['lifelong_again']:.0f} % of them edit a fact again, whose last target "
         f"counts. Scores in %, free generation, of at most {scale['sample']} edits drawn from all "
         f"so far, and of the {first}, which are not edited again. Perplexity: change in % on "

@@ -11,7 +11,7 @@ from ultraedit_kernels.anchors import Anchors
 from ultraedit_kernels.capture import capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence, encode
-from ultraedit_kernels.watch import Repairs, Watch, weakest
+from ultraedit_kernels.watch import SURE, WEAK_LEAD, Repairs, Watch, weakest
 
 MODULES = [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
 SAID = {
@@ -85,27 +85,50 @@ def test_check_finds_what_broke_and_lets_go_what_was_asked_for(
             except StopIteration as done:
                 return done.value
 
-    none = Anchors.empty(weights).keys
+    none, texts = Anchors.empty(weights).keys, replace(watch, own=len(watch))
     repairs = Repairs(watch, none, [], 10)
     found = check(repairs)
     assert 0 in found and repairs.released == [] and repairs.checked >= 1
     assert 0 not in check(repairs)  # it is being repaired already
     assert Repairs(watch, none, [], 0).due == 0
-    # The same damage, if an edit asked for the very substitution.
-    # An edit of the same prompt asked for it; one of another prompt did so elsewhere.
+    # What is said now is what an edit of the same prompt says; one of another prompt says it
+    # elsewhere. Both of this turn, and of an earlier one.
     for prompt, mine in (("The capital of France is", True), ("The author of Hamlet is", False)):
-        edit = Sequence(tokenizer(prompt)["input_ids"], [int(broken.chosen[first])])
-        asked = Repairs(watch, none, [], 10)
+        edit = Sequence(tokenizer(prompt)["input_ids"], [int(broken.rival[first])])
+        asked, edits = Repairs(texts, none, [], 10), Repairs(watch, none, [], 10)
         for name, factor in delta.items():
             LowRank(-factor.coeff, factor.keys).apply(weights[name])
         before = capture(model, [edit], MODULES, backward=False)
-        asked.expect(replace(before, chosen=broken.labels[first : first + 1]))
+        asked.expect(before)
+        edits.expect(before)
         for name, factor in delta.items():
             factor.apply(weights[name])
-        assert (0 not in check(asked)) == mine
-        assert asked.released == ([0] if mine else [])
+        earlier = Watch.of(capture(model, [edit], MODULES), {0: edit}, [0])
+        for repairs in (asked, edits, Repairs(texts.join(earlier), none, [], 10)):
+            assert (0 not in check(repairs)) == mine
+            assert repairs.released == ([0] if mine else [])
+        # An edit is let go for one of the turn alone.
+        repairs = Repairs(watch.join(earlier), none, [], 10)
+        assert 0 in check(repairs) and repairs.released == []
     # A prompt that is taught anew is let go at once.
     assert Repairs(watch, none, [sequences[2]], 10).released == [2]
+
+
+def test_texts_of_its_own_are_repaired_before_they_break(model, weights, watch, sequences):
+    sure = [i for i in range(len(watch)) if watch.lead[watch.owner == i].min() > 2 * SURE]
+    assert sure
+    lead = float(watch.lead[watch.owner == sure[0]].min())
+    delta = against(watch, sure[0], lead - 0.7 * SURE)  # nearly all of its weakest lead is taken
+    for name, factor in delta.items():
+        factor.apply(weights[name])
+    after = capture(model, [sequences[sure[0]]], MODULES, backward=False).margin.min()
+    assert WEAK_LEAD < after < SURE
+    none = Anchors.empty(weights).keys
+    for own, broke in ((len(watch), True), (0, False)):  # an edit that still holds well is left
+        repairs = Repairs(replace(watch, own=own), none, [], 10)
+        for _ in repairs.check(model, MODULES, delta, 8):
+            pass
+        assert (sure[0] in repairs.broken) == broke
 
 
 def test_edits_that_nothing_threatens_are_checked_in_turn(model, weights, watch):

@@ -21,7 +21,7 @@ from ultraedit_kernels.operations import edit_values, update_statistics
 from ultraedit_kernels.parallel import norm, same
 from ultraedit_kernels.shield import System, shielded
 from ultraedit_kernels.statistics import Statistics
-from ultraedit_kernels.watch import LEAST_LEAD, Repairs, Watch, weakest
+from ultraedit_kernels.watch import TEXT_LEAD, Repairs, Watch, weakest
 
 MIN_COSINE = 0.1
 """Least cosine of an edit's values with the steepest descent of its loss."""
@@ -44,13 +44,13 @@ class Settings:
 
     lr: float | Literal["auto"] = "auto"
     """Step size, or "auto": per edit, what removes a share of its loss to first order."""
-    step: float = 0.5
+    step: float = 0.35
     """That share. Small steps disturb less and take more rounds."""
-    rounds: int = 16
+    rounds: int = 24
     """Most steps per turn; the loop ends as soon as every edit holds."""
     ridge: float = 1.0
     """λ of the ridge regression."""
-    margin: float = 3.8
+    margin: float = 4.2
     """Logits by which every target token must lead its runner-up for an edit to hold. A serving
     engine rounds differently than the side pass, and a wider lead carries over to other phrasings;
     an edit that brings k rephrases needs less of it, and is asked for 1 / (k + 1)."""
@@ -145,7 +145,7 @@ def turn(
                 item_of += range(len(wanted), len(wanted) + len(broken))
                 # An edit that broke once is as likely to break again as its lead is short.
                 texts = anchors.watch.own
-                wanted += [LEAST_LEAD if i < texts else settings.margin for i in broken]
+                wanted += [TEXT_LEAD if i < texts else settings.margin for i in broken]
                 rounds += [0] * len(broken)
                 continue
         if over:
@@ -228,8 +228,8 @@ def wanted_margin(margin: float, phrasings: int) -> float:
 
 def _trusted(coeff: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
     """The factor, at most 1, that keeps the Frobenius norm of Yᵀ keys within the limit."""
-    h = keys.to(coeff.dtype)
-    square = ((coeff @ coeff.T) * (h @ h.T)).sum().float()
+    y, h = coeff.float(), keys.float()
+    square = ((y @ y.T) * (h @ h.T)).sum().clamp_min(0.0)
     return (limit / square.sqrt()).clamp_max(1.0).to(coeff.dtype)
 
 

@@ -21,7 +21,7 @@ from ultraedit_kernels.data import Prompt
 from ultraedit_kernels.encoding import Sequence, encode_prompt
 from ultraedit_kernels.generation import generate
 from ultraedit_kernels.shield import extend_shield, sketch
-from ultraedit_kernels.watch import ROWS, Watch, lead_slopes
+from ultraedit_kernels.watch import ROWS, SURE, Watch, lead_slopes
 
 ANSWER_TOKENS = 16
 """Tokens of the model's own answer that a locality prompt protects."""
@@ -31,14 +31,11 @@ CAPTURE_LOGITS = 2**26
 """Logits that a capture of own texts may hold at a time, 256 MiB in float32."""
 OUT_OF_REACH = 20.0
 """Wanted lead, logits, that no token has: the objective's slope is then minus the lead's."""
-SURE = 2.0
-"""Lead, logits, from which on the model means what it says."""
 HELD_WEIGHT = 3.0
 """Weight of the keys of edits that hold. With 1, the later turns of a stream of 200 edits on the
 bundled model broke 5 % of the earlier ones, with 3 none."""
-OWN_WEIGHT = 200
-"""Own texts that the keys of all of them weigh as much as: with more, the edits that hold give way.
-"""
+OWN_WEIGHT = 400
+"""Own texts that the keys of all of them weigh as much as: a thousand of them hold no better."""
 OUTPUT_RIDGE = 0.03
 """Ridge of the outputs' shield, as a share of the slopes' mean square in a direction."""
 
@@ -82,7 +79,7 @@ class Anchors:
 def own_anchors(
     model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
 ) -> Anchors:
-    """Anchors from texts that the model writes, as far as it is sure of them."""
+    """Anchors from texts that the model writes; what it is sure of in them is watched."""
     anchors = Anchors.empty(weights)
     keys, slopes = (
         {name: rows.float() for name, rows in none.items()}
@@ -91,9 +88,8 @@ def own_anchors(
     watch, seen = anchors.watch, set[tuple[int, ...]]()
     weight = min(1.0, OWN_WEIGHT / max(1, len(texts))) ** 0.5
     for part, captured in captures(model, texts, list(weights)):
-        sure = torch.exp(-2 * captured.loss)[:, None]  # square of the token's probability
         for name, slope in lead_slopes(captured).items():
-            key = captured.keys[name].float() * (sure * weight)
+            key = captured.keys[name].float() * weight
             keys[name] = _bounded(torch.cat([keys[name], key]), limit)
             slopes[name] = _bounded(torch.cat([slopes[name], slope.float()]), limit)
         runs = {i: run for i, run in _sure_runs(part, captured) if _ids(run.sequence) not in seen}

@@ -45,8 +45,8 @@ class Captured:
     """[n] logit of the target token minus the best other one; above 0 it is the greedy choice."""
     labels: Tensor
     """[n] int64: the target token."""
-    chosen: Tensor
-    """[n] int64: the greedy choice."""
+    rival: Tensor
+    """[n] int64: the best other token; the greedy choice where the margin is below 0."""
 
 
 def capture(
@@ -84,7 +84,7 @@ def _capture(
     backward: bool,
     margin: float | Seq[float],
 ) -> Captured:
-    batch = _pad(sequences, model.get_input_embeddings().weight.device)
+    batch = _pad(sequences, model.get_input_embeddings().weight.device, backward)
     prefix, answer = batch.prefix_ids.shape[1], batch.answer_ids.shape[1]
     columns = torch.arange(prefix + answer, device=batch.gap.device)
     reader = _Reader(batch.answer)
@@ -120,7 +120,7 @@ def _capture(
     logits = logits.detach()
     top = logits.topk(2, dim=-1)
     target = logits.gather(1, batch.labels[:, None]).squeeze(1)
-    best_other = torch.where(top.indices[:, 0] == batch.labels, top.values[:, 1], top.values[:, 0])
+    other = (top.indices[:, :1] == batch.labels[:, None]).long()  # the second, if the target is top
     loss = F.cross_entropy(logits, batch.labels, reduction="none")
     return Captured(
         reader.keys,
@@ -128,40 +128,46 @@ def _capture(
         batch.owner,
         loss,
         objective.detach(),
-        target - best_other,
+        target - top.values.gather(1, other).squeeze(1),
         batch.labels,
-        top.indices[:, 0],
+        top.indices.gather(1, other).squeeze(1),
     )
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prefixes and answers of a batch; `gap` columns of padding precede each row's prefix."""
+    """Prefixes and answers of a batch; `gap` columns of padding precede each row's prefix.
+
+    Without a graph to keep short there are no prefixes, and the answers are whole sequences.
+    """
 
     prefix_ids: Tensor  # [batch, prefix], padded on the right
     answer_ids: Tensor  # [batch, answer], padded on the right
     gap: Tensor  # [batch]: columns of prefix padding
-    answer: Tensor  # [batch, answer] bool: the answer positions
+    answer: Tensor  # [batch, answer] bool: where a target token is predicted
     labels: Tensor  # [n]
     owner: Tensor  # [n]
 
 
-def _pad(sequences: Seq[Sequence], device: torch.device) -> _Batch:
+def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
     def padded(rows: list[list[int]]) -> Tensor:
         width = max(len(row) for row in rows)
         return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
 
-    answers = [[s.prompt_ids[-1], *s.target_ids[:-1]] for s in sequences]
-    lengths = torch.tensor([len(row) for row in answers], device=device)
-    prefixes = torch.tensor([len(s.prompt_ids) - 1 for s in sequences], device=device)
-    answer_ids = padded(answers)
+    rows = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
+    first = torch.tensor([len(s.prompt_ids) - 1 for s in sequences], device=device)
+    targets = torch.tensor([len(s.target_ids) for s in sequences], device=device)
+    prefixes = first if split else torch.zeros_like(first)
+    cuts = prefixes.tolist()
+    answer_ids = padded([row[cut:] for row, cut in zip(rows, cuts, strict=True)])
+    columns = torch.arange(answer_ids.shape[1], device=device) + prefixes[:, None]
     return _Batch(
-        prefix_ids=padded([s.prompt_ids[:-1] for s in sequences]),
+        prefix_ids=padded([row[:cut] for row, cut in zip(rows, cuts, strict=True)]),
         answer_ids=answer_ids,
         gap=prefixes.max() - prefixes,
-        answer=torch.arange(answer_ids.shape[1], device=device) < lengths[:, None],
+        answer=(columns >= first[:, None]) & (columns < (first + targets)[:, None]),
         labels=torch.tensor([t for s in sequences for t in s.target_ids], device=device),
-        owner=torch.arange(len(sequences), device=device).repeat_interleave(lengths),
+        owner=torch.arange(len(sequences), device=device).repeat_interleave(targets),
     )
 
 

@@ -87,7 +87,7 @@ Rounds = Annotated[
     typer.Option(
         min=1,
         metavar="N",
-        show_default="16",
+        show_default="24",
         help="Most steps per turn; it ends when every edit holds.",
         rich_help_panel=_HOW,
     ),
@@ -97,7 +97,7 @@ Margin = Annotated[
     typer.Option(
         min=0.0,
         metavar="X",
-        show_default="3.8",
+        show_default="4.2",
         help="Logits by which a target token must lead for an edit to hold.",
         rich_help_panel=_HOW,
     ),

@@ -19,6 +19,7 @@ def sketch(rows: Tensor, limit: int) -> Tensor:
 
     The best approximation of that rank; exact if `limit` is at least the rank of A.
     """
+    limit = min(limit, rows.shape[1])
     if len(rows) <= limit:
         return rows
     wide = rows.double()

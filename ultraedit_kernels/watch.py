@@ -21,16 +21,21 @@ from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.shield import shielded
 
-LEAST_LEAD = 1.0
+SURE = 2.0
+"""Lead, logits, from which on the model means what it says. Texts of its own that have lost it are
+repaired, though it would say them still: that keeps the answers of others near to them."""
+TEXT_LEAD = 3.0
 """Lead, logits, that a repair of a text restores; of an edit, the whole margin."""
 WEAK_LEAD = 0.5
 """Lead, logits, of an earlier edit below which it is repaired though it still holds."""
+LEAST_LEAD = 0.3
+"""Lead, logits, below which a threat grows no further."""
 THREAT = 0.1
 """Share of a token's lead that a turn must take, to first order, before its sequence is checked."""
-SAME_KEY = 0.55
+SAME_KEY = 0.5
 """Cosine of shielded keys, mean over the modules, from which on two prompts ask for the same fact.
-Of texts seen to make an edit's substitution, 5 % of those that spoke of its subject had less than
-0.54, 5 % of those that did not more than 0.61 (100 edits of a small model of made-up facts)."""
+Of texts that lost their lead to what an edit says, 10 % of those that ask for its fact had less
+than 0.57, 10 % of the others more than 0.51 (200 edits of a small model of made-up facts)."""
 CHECKS = 3
 """Times that a turn looks at what is watched: once every edit holds, and at edits after repairs."""
 ROWS = 4
@@ -155,7 +160,7 @@ class Watch:
     def threat(self, shift: Tensor) -> Tensor:
         """[w] largest share of a token's lead that is lost since it was measured, if the leads now
         change by `shift` [r]; 1 where there was none to lose."""
-        share = -(self.drift + shift) / self.lead.clamp_min(LEAST_LEAD / 10)
+        share = -(self.drift + shift) / self.lead.clamp_min(LEAST_LEAD)
         share = torch.where(self.lead > 0, share, 1.0)
         none = torch.zeros(len(self), device=shift.device)
         return none.scatter_reduce(0, self.owner, share, "amax")
@@ -224,40 +229,58 @@ class Repairs:
         self._shields, self._budget, self._number = shields, budget, number
         self.broken: list[int] = []
         """Indices of sequences to repair, in the order in which they were found."""
-        self._asked: list[tuple[tuple[int, int], dict[str, Tensor]]] = []
+        # What edits say, as tokens with the keys that they say it at. Of earlier edits the first
+        # token, and the keys once they are asked for; of the turn also what was said before.
+        self._earlier = ((watch.owner >= watch.own) & (watch.place == 0)).nonzero().flatten()
+        first = [watch.sequences[i].target_ids[0] for i in watch.owner[self._earlier].tolist()]
+        self._said = torch.tensor(first, dtype=torch.long, device=watch.owner.device)
+        self._said_at: dict[int, dict[str, Tensor]] = {}
+        self._asked: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
 
     def expect(self, captured: Captured) -> None:
-        """Note the substitutions that the edits ask for: tokens, and the keys that they are at."""
-        rows = (captured.chosen != captured.labels).nonzero().flatten()
-        pairs = zip(captured.chosen[rows].tolist(), captured.labels[rows].tolist(), strict=True)
-        self._asked += zip(pairs, self._directions(captured, rows), strict=True)
+        """Note what the edits of the turn ask for where something else is said."""
+        rows = (captured.margin < 0).nonzero().flatten()
+        directions = self._directions(captured.keys, rows)
+        self._asked.append((captured.rival[rows], captured.labels[rows], directions))
 
-    def _asked_for(self, captured: Captured, row: int) -> bool:
-        """Whether the token at a row changed as an edit asked, at the key where it asked."""
-        change = (int(captured.labels[row]), int(captured.chosen[row]))
-        asked = [keys for pair, keys in self._asked if pair == change]
-        if not asked:
-            return False
-        at = torch.tensor([row], device=captured.labels.device)
-        (here,) = self._directions(captured, at)
-        cosines = [sum(float(here[n] @ keys[n]) for n in here) / len(here) for keys in asked]
-        return max(cosines) > SAME_KEY
+    def _asked_for(self, captured: Captured, row: int, edit: bool) -> bool:
+        """Whether the token at a row gives way to what an edit says at nearly that key.
 
-    def _directions(self, captured: Captured, rows: Tensor) -> list[dict[str, Tensor]]:
-        """Per row, module → unit vector of the shielded key [d_in]."""
-        units = {
-            name: F.normalize(shielded(keys[rows].float(), self._shields[name]))
-            for name, keys in captured.keys.items()
+        A token of an earlier edit does so only for an edit of the turn that says the one in place
+        of the other.
+        """
+        label, rival = int(captured.labels[row]), int(captured.rival[row])
+        asked = []
+        for old, new, at in self._asked:
+            same = (new == rival) & ((old == label) | (not edit))
+            asked.append({name: units[same] for name, units in at.items()})
+        if not edit:
+            if rival not in self._said_at:
+                rows = self._earlier[self._said == rival]
+                self._said_at[rival] = self._directions(self.watch.keys, rows)
+            asked.append(self._said_at[rival])
+        here = self._directions(captured.keys, torch.tensor([row], device=captured.labels.device))
+        for at in asked:
+            cosines = torch.stack([units @ here[name][0] for name, units in at.items()]).mean(0)
+            if bool((cosines > SAME_KEY).any()):
+                return True
+        return False
+
+    def _directions(self, keys: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Module → unit vectors of the shielded keys at the rows, [rows, d_in]."""
+        return {
+            name: F.normalize(shielded(every[rows].float(), self._shields[name]))
+            for name, every in keys.items()
         }
-        return [{name: unit[i] for name, unit in units.items()} for i in range(len(rows))]
 
     def check(
         self, model: nn.Module, modules: Seq[str], delta: Mapping[str, LowRank], batch_size: int
     ) -> Generator[str, None, list[int]]:
-        """Run the sequences that the change threatens most through the model; those that broke.
+        """Run the sequences that the change threatens most through the model; those that broke, or
+        are about to.
 
-        One that now makes the substitution that an edit asks for, at nearly its key, is taken for
-        another way to say that edit, not for damage, and is let go.
+        One that gives way to what an edit says, at nearly its key, is taken for another way to ask
+        for that edit, not for damage, and is let go.
         """
         shift = yield from self._shift(delta)
         threat = self.watch.threat(shift)
@@ -277,11 +300,13 @@ class Repairs:
             captured = capture(model, sequences, modules, backward=False)
             self.watch = self.watch.measured(captured, dict(enumerate(part)), shift)
             seen = set()
-            least = captured.margin.new_tensor([(i >= self.watch.own) * WEAK_LEAD for i in part])
+            leads = [SURE if i < self.watch.own else WEAK_LEAD for i in part]
+            least = captured.margin.new_tensor(leads)
             for row in (captured.margin < least[captured.owner]).nonzero().flatten().tolist():
                 i = part[int(captured.owner[row])]
-                if i not in seen:  # its first token that changed
-                    (self.released if self._asked_for(captured, row) else broken).append(i)
+                if i not in seen:  # its first weak token
+                    asked = self._asked_for(captured, row, edit=i >= self.watch.own)
+                    (self.released if asked else broken).append(i)
                 seen.add(i)
             yield "capture"
         self.broken += broken

@@ -39,6 +39,7 @@ TINY = evaluate.Scale(
     lifelong_hidden=64,
     lifelong_epochs=50,
     lifelong_edits=16,
+    ablation_edits=8,
     lifelong_again=0.25,
     lifelong_first=4,
     lifelong_points=(8, 16),
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("evaluate")
     threads = torch.get_num_threads()
     for task in evaluate.tasks(("main", "frontier", "lifelong"), TINY, {}):
-        if task.options[:1] in ((), ("ours",), ("published",)):
+        if task.options[:1] in ((), ("ours",), ("published",), ("statistics frozen",)):
             evaluate.train(task.source, folder, TINY)
             evaluate.make(task, folder, TINY, "this code")
     evaluate_report.write(folder / "results", folder / "tables", folder / "plots")
@@ -134,6 +135,17 @@ def test_lifelong_scores_on_the_way(folder: Path) -> None:
         ]
         assert rows[0]["seconds"] < rows[-1]["seconds"]
     assert result(folder, "lifelong-published")["lr"] == 1e-3
+    rows = result(folder, "lifelong-statistics-frozen")["rows"]
+    assert [(row["after"], row["asked"]) for row in rows] == [(8, "all so far"), (8, "first 4")]
+    table = (folder / "tables" / "evaluate.md").read_text().split("## Lifelong")[1].splitlines()
+    shown = [line.split("|")[1:3] for line in table if line.startswith("| ") and "%" not in line]
+    assert [[cell.strip() for cell in cells] for cells in shown[2:]] == [
+        ["ours", "16"],
+        ["published", "16"],
+        ["ours", "8"],
+        ["published", "8"],
+        ["statistics frozen", "8"],
+    ]
 
 
 def test_frozen_statistics_do_not_move(model: Any, tokenizer: Any) -> None:
