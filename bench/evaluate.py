@@ -275,6 +275,7 @@ def compare(source: Source, folder: Path, scale: Scale, draw: int) -> dict[str, 
         rows[baseline] = comparison.search(
             baseline, on.model, on.tokenizer, turns, modules, on.score, tried
         )
+    rows["ours, open loop"] = edit(on, on.requests, scale, rounds=1)
     rows["ours"] = edit(on, on.requests, scale)
     if any(request.rephrases for request in taught):
         rows[f"ours, {scale.rephrases} rephrases"] = edit(on, taught, scale)

@@ -110,11 +110,11 @@ def _comparison(part: str, results: list[Result]) -> str:
         ]
         cells = [_with_interval(values) if values else "–" for values in columns]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    ratio = [
-        r["methods"]["ours"]["seconds"] / r["methods"]["published"]["seconds"]
-        for r in results
-        if "published" in r["methods"]
-    ]
+    ratios = {
+        other: [r["methods"]["ours"]["seconds"] / r["methods"][other]["seconds"] for r in results]
+        for other in ("ours, open loop", "published")
+        if other in methods
+    }
     rates = {
         method: ", ".join(f"{r['methods'][method]['lr']:.2g}" for r in results)
         for method in methods
@@ -132,7 +132,9 @@ def _comparison(part: str, results: list[Result]) -> str:
         "mean of efficacy, generalisation and specificity: "
         + "; ".join(f"{method} {values}" for method, values in rates.items())
         + ".",
-        *([f"Time of ours ÷ published: {_with_interval(ratio)}."] if ratio else []),
+        "Time of ours "
+        + "; ".join(f"÷ {other}: {_with_interval(ratio)}" for other, ratio in ratios.items())
+        + ".",
         _conditions(results),
     ]
     return "\n".join([f"## {TITLES[part]}", "", *lines, "", *"\n\n".join(notes).split("\n")])

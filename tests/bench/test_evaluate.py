@@ -70,8 +70,9 @@ def test_every_method_is_scored_on_the_same_untouched_model(folder: Path) -> Non
     main = result(folder, "main-1")
     methods = main["methods"]
     assert list(methods) == [
-        "untouched", "published", "fine-tuning", "LoRA", "ours", "ours, 4 rephrases"
-    ]  # fmt: skip
+        *("untouched", "published", "fine-tuning", "LoRA"),
+        *("ours, open loop", "ours", "ours, 4 rephrases"),
+    ]
     assert main["model"]["exact_match_of_texts_seen"] > 0.9
     assert methods["untouched"]["generation"]["efficacy"] == 0
     assert methods["untouched"]["generation"]["specificity"] == 1
