@@ -205,10 +205,11 @@ def test_health_shows_that_a_rank_serves_something_else(server: Server, rank: in
 def test_one_head_on_two_ranks_and_modules_divided_by_columns(
     running: Any, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    """Random weights: what counts is that both find the same change."""
+    """Random weights: what counts is that both find the same change. Some steps show it; more of
+    them amplify how each rounds."""
     modules = [f"model.layers.{i}.mlp.{part}_proj" for i in (1, 2) for part in ("gate", "up")]
-    settings = {"modules": modules, "state_dir": str(tmp_path / "state"), "anchors": 8}
-    settings |= {"traffic": 10}
+    how = {"modules": modules, "anchors": 8, "rounds": 4}
+    settings = {**how, "state_dir": str(tmp_path / "state"), "traffic": 10}
     options = ["--model", str(tiny_llama_dir), "--served-model-name", "tiny-facts"]
     options += ["--additional-config", json.dumps({"ultraedit": settings}), "--dtype", "float32"]
     for server in with_ranks(running, tmp_path, *OPTIONS, *options):
@@ -219,7 +220,7 @@ def test_one_head_on_two_ranks_and_modules_divided_by_columns(
             server.complete(prompt, max_tokens=2)
         assert server.client.get("/v1/edits/health").json()["traffic_keys"] == 10
     assert status == 200
-    editor = editor_of(tmp_path / "one", tiny_llama_dir, modules=modules, anchors=8)
+    editor = editor_of(tmp_path / "one", tiny_llama_dir, **how)
     pristine = {name: weight.clone() for name, weight in editor.weights.items()}
     editor.apply([EditRequest(**AUSTRALIA)])
     changes = {name: weight - pristine[name] for name, weight in editor.weights.items()}
@@ -228,7 +229,7 @@ def test_one_head_on_two_ranks_and_modules_divided_by_columns(
     assert [rank["digest"] for rank in ranks] == [editor.digest()] * 2
     for name, weight in editor.weights.items():
         change = weight - pristine[name]
-        assert (change - changes[name]).norm() < 1e-2 * changes[name].norm() > 0
+        assert (change - changes[name]).norm() < 1e-3 * changes[name].norm() > 0
     editor.close()
 
 
