@@ -11,7 +11,7 @@ from ultraedit_kernels.anchors import Anchors
 from ultraedit_kernels.capture import capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence, encode
-from ultraedit_kernels.watch import SURE, WEAK_LEAD, Repairs, Watch, weakest
+from ultraedit_kernels.watch import WEAK_EDIT, WEAK_TEXT, Repairs, Watch, weakest
 
 MODULES = [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
 SAID = {
@@ -115,14 +115,14 @@ def test_check_finds_what_broke_and_lets_go_what_was_asked_for(
 
 
 def test_texts_of_its_own_are_repaired_before_they_break(model, weights, watch, sequences):
-    sure = [i for i in range(len(watch)) if watch.lead[watch.owner == i].min() > 2 * SURE]
+    sure = [i for i in range(len(watch)) if watch.lead[watch.owner == i].min() > 2 * WEAK_TEXT]
     assert sure
     lead = float(watch.lead[watch.owner == sure[0]].min())
-    delta = against(watch, sure[0], lead - 0.7 * SURE)  # nearly all of its weakest lead is taken
+    delta = against(watch, sure[0], lead - 0.7 * WEAK_TEXT)  # nearly all of its weakest lead
     for name, factor in delta.items():
         factor.apply(weights[name])
     after = capture(model, [sequences[sure[0]]], MODULES, backward=False).margin.min()
-    assert WEAK_LEAD < after < SURE
+    assert WEAK_EDIT < after < WEAK_TEXT
     none = Anchors.empty(weights).keys
     for own, broke in ((len(watch), True), (0, False)):  # an edit that still holds well is left
         repairs = Repairs(replace(watch, own=own), none, [], 10)

@@ -21,7 +21,7 @@ from ultraedit_kernels.operations import edit_values, update_statistics
 from ultraedit_kernels.parallel import norm, same
 from ultraedit_kernels.shield import System, shielded
 from ultraedit_kernels.statistics import Statistics
-from ultraedit_kernels.watch import TEXT_LEAD, Repairs, Watch, weakest
+from ultraedit_kernels.watch import SURE, Repairs, Watch, weakest
 
 MIN_COSINE = 0.1
 """Least cosine of an edit's values with the steepest descent of its loss."""
@@ -44,7 +44,7 @@ class Settings:
 
     lr: float | Literal["auto"] = "auto"
     """Step size, or "auto": per edit, what removes a share of its loss to first order."""
-    step: float = 0.35
+    step: float = 0.4
     """That share. Small steps disturb less and take more rounds."""
     rounds: int = 24
     """Most steps per turn; the loop ends as soon as every edit holds."""
@@ -145,7 +145,7 @@ def turn(
                 item_of += range(len(wanted), len(wanted) + len(broken))
                 # An edit that broke once is as likely to break again as its lead is short.
                 texts = anchors.watch.own
-                wanted += [TEXT_LEAD if i < texts else settings.margin for i in broken]
+                wanted += [SURE if i < texts else settings.margin for i in broken]
                 rounds += [0] * len(broken)
                 continue
         if over:

@@ -70,10 +70,10 @@ class System:
             self.keys = keys
             return
         h = keys.double()
-        taken = h @ shield.T
-        self._gram = (h @ h.T).addmm_(taken, taken.T, alpha=-1)
+        rest = h - (h @ shield.T) @ shield
+        self._gram = rest @ h.T
         self._factor = cholesky(self._gram, ridge)
-        self.keys = (h - taken @ shield).to(torch.promote_types(keys.dtype, torch.float32))
+        self.keys = rest.to(torch.promote_types(keys.dtype, torch.float32))
 
     def solve(self, values: Tensor) -> Tensor:
         """Y [n, d_out] for values [n, d_out]; float64 if they are, else float32."""

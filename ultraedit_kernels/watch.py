@@ -21,13 +21,14 @@ from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.shield import shielded
 
-SURE = 2.0
-"""Lead, logits, from which on the model means what it says. Texts of its own that have lost it are
-repaired, though it would say them still: that keeps the answers of others near to them."""
-TEXT_LEAD = 3.0
-"""Lead, logits, that a repair of a text restores; of an edit, the whole margin."""
-WEAK_LEAD = 0.5
-"""Lead, logits, of an earlier edit below which it is repaired though it still holds."""
+SURE = 3.0
+"""Lead, logits, from which on the model means what it says, and that a repair of a text restores;
+of an edit, the whole margin."""
+WEAK_TEXT = 2.0
+"""Lead, logits, below which a text of the model's own is repaired, though the model would say it
+still: that keeps what is near to it, and not watched, as well."""
+WEAK_EDIT = 0.5
+"""Lead, logits, below which an earlier edit is repaired though it still holds."""
 LEAST_LEAD = 0.3
 """Lead, logits, below which a threat grows no further."""
 THREAT = 0.1
@@ -300,7 +301,7 @@ class Repairs:
             captured = capture(model, sequences, modules, backward=False)
             self.watch = self.watch.measured(captured, dict(enumerate(part)), shift)
             seen = set()
-            leads = [SURE if i < self.watch.own else WEAK_LEAD for i in part]
+            leads = [WEAK_TEXT if i < self.watch.own else WEAK_EDIT for i in part]
             least = captured.margin.new_tensor(leads)
             for row in (captured.margin < least[captured.owner]).nonzero().flatten().tolist():
                 i = part[int(captured.owner[row])]
