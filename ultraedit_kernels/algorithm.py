@@ -162,7 +162,11 @@ def turn(
                 stats[key] = update_statistics(stats[key], batch.keys[name], batch.grads[name])
         keys = {name: torch.cat([b.keys[name] for b in batches]) for name in weights}
         grads = {name: torch.cat([b.grads[name] for b in batches]) for name in weights}
-        systems = {n: System(keys[n], settings.ridge, anchors.keys[n]) for n in weights}
+        yield "solve"
+        systems = {}
+        for name in weights:
+            systems[name] = System(keys[name], settings.ridge, anchors.keys[name])
+            yield "solve"
         lr = 1.0 if settings.lr == "auto" else settings.lr
         steps = ~rests[rows.item, None]
         values = {n: edit_values(keys[n], grads[n], stats[share[n]], lr) * steps for n in weights}
