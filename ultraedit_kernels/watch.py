@@ -260,12 +260,12 @@ class Repairs:
                 rows = self._earlier[self._said == rival]
                 self._said_at[rival] = self._directions(self.watch.keys, rows)
             asked.append(self._said_at[rival])
+        asked = [at for at in asked if len(next(iter(at.values())))]
+        if not asked:  # as for most
+            return False
         here = self._directions(captured.keys, torch.tensor([row], device=captured.labels.device))
-        for at in asked:
-            cosines = torch.stack([units @ here[name][0] for name, units in at.items()]).mean(0)
-            if bool((cosines > SAME_KEY).any()):
-                return True
-        return False
+        cosines = [sum(units @ here[name][0] for name, units in at.items()) for at in asked]
+        return bool(torch.cat(cosines).max() > SAME_KEY * len(here))
 
     def _directions(self, keys: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """Module → unit vectors of the shielded keys at the rows, [rows, d_in]."""
