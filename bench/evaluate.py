@@ -13,7 +13,8 @@ main        every method on fresh synthetic worlds, turn by turn, scored after a
 counterfact the same on a model that was trained on the true side of CounterFact records
 zsre        the same with zsRE
 frontier    scores of ours against one setting at a time, on worlds used for nothing else
-lifelong    one long stream, scored on the way; ablations of ours on the first part of it
+lifelong    one long stream, scored on the way, on a model with the room for it
+ablations   of ours, on a shorter stream of the first synthetic world
 
 Trained models and results are kept in `--dir`; a result is made anew if the code that made it has
 changed. Tables go to bench/results, plots to docs, see `evaluate_report.py`.
@@ -28,7 +29,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -57,7 +57,7 @@ from ultraedit_kernels.guards import GuardError
 from ultraedit_kernels.presets import PAPER, resolve_modules
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("main", "counterfact", "zsre", "frontier", "lifelong")
+PARTS = ("main", "counterfact", "zsre", "frontier", "lifelong", "ablations")
 SOURCES = {
     "counterfact": "CounterFact (10,000 records as JSON, in EasyEdit's or ROME's layout; "
     "https://rome.baulab.info/data/dsets/counterfact.json)",
@@ -67,11 +67,11 @@ SOURCES = {
 
 DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(4)]
 FRONTIER: dict[str, list[dict[str, Any]]] = {
-    "anchors": [{"anchors": n} for n in (0, 500, 1000, 4000)],
-    "rounds": [{"rounds": n} for n in (2, 6, 12)],
-    "step": [{"step": x} for x in (0.2, 0.5, 1.0)],
-    "margin": [{"margin": x} for x in (0.0, 2.0, 6.0)],
-    "repairs": [{"repairs": n} for n in (0, 50, 400)],
+    "anchors": [{"anchors": n} for n in (0, 500, 4000)],
+    "rounds": [{"rounds": n} for n in (6, 12)],
+    "step": [{"step": x} for x in (0.2, 1.0)],
+    "margin": [{"margin": x} for x in (2.0, 6.0)],
+    "repairs": [{"repairs": n} for n in (0,)],
     "layers": [{"modules": DOWN[-n:]} for n in (1, 2, 3)],
 }
 """Setting → values of `Editor` arguments to try; everything else stays at its default, whose row
@@ -81,18 +81,16 @@ LIFELONG_RATES = (0.2, 0.4, 0.8, 1.6)
 """Of the published method in a long stream, times d_in."""
 FREEZE_AFTER = 10
 """Turns after which the statistics of the ablation stay as they are."""
-VARIANTS: dict[str, dict[str, Any]] = {
+METHODS = ("published", "ours")
+"""In a long stream."""
+ABLATIONS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "ours, 400 repairs": {"repairs": 400},
     "statistics per shape": {"statistics": "per-shape"},
     "statistics frozen": {},
     "bfloat16, nearest": {},
     "bfloat16, stochastic": {"rounding": "stochastic"},
 }
-"""Of ours in a long stream: arguments of `Editor`."""
-WHOLE_STREAM = ("published", "ours", "ours, 400 repairs")
-"""What is run to the end of it; the others are ablations."""
-STREAMS = ("published", *VARIANTS)
+"""Of ours: arguments of `Editor`; what they do not say, `stream_scores` does."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,11 @@ class Scale:
     """Baseline → learning rates, in place of `comparison.rates`."""
     frontier: dict[str, list[dict[str, Any]]] | None = None
     """In place of `FRONTIER`."""
-    lifelong_facts: int = 4000
-    lifelong_hidden: int = 256
-    lifelong_epochs: int = 12
+    lifelong_facts: int = 3000
+    lifelong_hidden: int = 384
+    lifelong_epochs: int = 10
     lifelong_edits: int = 2000
     ablation_edits: int = 500
-    """Of the same stream, that ablations are run on."""
     lifelong_again: float = 0.1
     """Share of the stream that edits a fact again."""
     lifelong_first: int = 100
@@ -357,11 +354,21 @@ def stream(source: Source, scale: Scale, draw: int) -> list[EditRequest]:
     return [EditRequest.from_dict(record) for record in edits]
 
 
-def lifelong(source: Source, folder: Path, scale: Scale, draw: int, variant: str) -> dict[str, Any]:
+def lifelong(source: Source, folder: Path, scale: Scale, draw: int, method: str) -> dict[str, Any]:
     """A long stream, scored on the way: all edits so far, and the first ones."""
-    edits = stream(source, scale, draw)
-    if variant not in WHOLE_STREAM:
-        edits = edits[: scale.ablation_edits]
+    return stream_scores(source, folder, scale, stream(source, scale, draw), method)
+
+
+def ablation(source: Source, folder: Path, scale: Scale, draw: int, what: str) -> dict[str, Any]:
+    """Ours in a shorter stream, with one thing changed."""
+    edits = stream(source, replace(scale, lifelong_edits=scale.ablation_edits), draw)
+    return stream_scores(source, folder, scale, edits, what)
+
+
+def stream_scores(
+    source: Source, folder: Path, scale: Scale, edits: Sequence[EditRequest], variant: str
+) -> dict[str, Any]:
+    """A stream under one of `METHODS` or `ABLATIONS`."""
     whole = subject(source, folder, edits, scale)
     if variant.startswith("bfloat16"):
         whole.model.to(torch.bfloat16)
@@ -402,7 +409,7 @@ def lifelong(source: Source, folder: Path, scale: Scale, draw: int, variant: str
         best = _best_rate(lambda lr: run(points[-1:], **{**PAPER, "lr": lr}), whole.model, scale)
         result = run(points, **{**PAPER, "lr": best}) | {"lr": best}
     else:
-        result = run(points, **{**scale.ours, **VARIANTS[variant]})
+        result = run(points, **{**scale.ours, **ABLATIONS[variant]})
     return {**result, "perplexity_before": base, **described(source, folder)}
 
 
@@ -507,21 +514,14 @@ class Task:
     options: tuple[str, ...] = ()
 
 
-def tasks(
-    parts: Sequence[str], scale: Scale, files: dict[str, str], variants: Sequence[str] = STREAMS
-) -> Iterator[Task]:
+def tasks(parts: Sequence[str], scale: Scale, files: dict[str, str]) -> Iterator[Task]:
     """The longest first, so that two workers end together."""
     if "lifelong" in parts:
         source = Source(
             scale.seeds[0], scale.lifelong_facts, scale.lifelong_hidden, scale.lifelong_epochs
         )
-        for variant in variants:
-            given = VARIANTS.get(variant, {})
-            if not set(given) <= set(inspect.signature(Editor).parameters):
-                _say(f"lifelong: Editor knows no {', '.join(given)}: without {variant}")
-                continue
-            name = f"lifelong-{variant.replace(', ', '-').replace(' ', '-')}"
-            yield Task(name, lifelong, source, scale.seeds[0], (variant,))
+        for method in reversed(METHODS):
+            yield Task(f"lifelong-{method}", lifelong, source, scale.seeds[0], (method,))
     for part in ("counterfact", "zsre"):
         if part in parts and part not in files:
             _say(f"{part}: left out, as it needs --{part} FILE; from {SOURCES[part]}")
@@ -543,6 +543,11 @@ def tasks(
             for seed in seeds:
                 source = Source(seed, scale.facts, scale.hidden, scale.epochs)
                 yield Task(f"{part}-{seed}", work, source, seed)
+    if "ablations" in parts:
+        source = Source(scale.seeds[0], scale.facts, scale.hidden, scale.epochs)
+        for what in ABLATIONS:
+            name = f"ablations-{what.replace(', ', '-').replace(' ', '-')}"
+            yield Task(name, ablation, source, scale.seeds[0], (what,))
 
 
 def run(
@@ -551,10 +556,9 @@ def run(
     folder: Path,
     files: dict[str, str],
     workers: int,
-    variants: Sequence[str] = STREAMS,
 ) -> None:
     """Train what is missing, then make what is missing or was made by other code."""
-    wanted = list(tasks(parts, scale, files, variants))
+    wanted = list(tasks(parts, scale, files))
     code = code_digest()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     context = multiprocessing.get_context("spawn")
@@ -612,9 +616,6 @@ def main() -> None:
     parser.add_argument(
         "--baselines", nargs="*", default=list(comparison.BASELINES), choices=comparison.BASELINES
     )
-    parser.add_argument(
-        "--streams", nargs="*", default=list(STREAMS), choices=STREAMS, help="of lifelong"
-    )
     parser.add_argument("--dir", type=Path, default=ROOT / "build-evaluate")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -628,7 +629,7 @@ def main() -> None:
         given = {"counterfact": args.counterfact, "zsre": args.zsre}
         files = {part: file for part, file in given.items() if file}
         scale = Scale(baselines=tuple(args.baselines))
-        run(args.parts or PARTS, scale, args.dir, files, args.workers, args.streams)
+        run(args.parts or PARTS, scale, args.dir, files, args.workers)
     evaluate_report.write(args.dir / "results", ROOT / "bench" / "results", ROOT / "docs")
 
 

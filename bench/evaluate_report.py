@@ -48,9 +48,12 @@ def write(results: Path, tables: Path, plots: Path) -> None:
         _write_rows(tables / "evaluate-frontier.csv", _frontier_rows(found))
         plot_frontier(found, plots / "evaluate-frontier.svg")
     if found := _read(results, "lifelong"):
-        sections.append(_lifelong(found))
-        _write_rows(tables / "evaluate-lifelong.csv", _lifelong_rows(found))
+        sections.append(_stream("Lifelong", found, "lifelong_edits"))
+        _write_rows(tables / "evaluate-lifelong.csv", _stream_rows(found))
         plot_lifelong(found, plots / "evaluate-lifelong.svg")
+    if found := _read(results, "ablations"):
+        sections.append(_stream("Ablations", found, "ablation_edits"))
+        _write_rows(tables / "evaluate-ablations.csv", _stream_rows(found))
     text = "\n\n".join(["# Evaluation", "Written by `python -m bench.evaluate`.", *sections])
     (tables / "evaluate.md").write_text(text + "\n", encoding="utf-8")
 
@@ -260,7 +263,7 @@ def plot_frontier(results: list[Result], path: Path) -> None:
 # Long streams.
 
 
-def _lifelong_rows(results: list[Result]) -> Iterator[dict[str, Any]]:
+def _stream_rows(results: list[Result]) -> Iterator[dict[str, Any]]:
     for result in results:
         for row in result["rows"]:
             ratio = (
@@ -285,7 +288,7 @@ def _variant(result: Result) -> str:
     return name
 
 
-def _lifelong(results: list[Result]) -> str:
+def _stream(title: str, results: list[Result], edits: str) -> str:
     scale = results[0]["key"]["scale"]
     first = f"first {scale['lifelong_first']}"
     ends = {max(row["after"] for row in result["rows"]) for result in results}
@@ -310,16 +313,16 @@ def _lifelong(results: list[Result]) -> str:
         turns = result["turn_seconds"][: math.ceil(end / scale["turn_size"])]
         cells.append(f"{mean(turns[:10]):.2f}, {mean(turns[-10:]):.2f}")
         lines.append(f"| {_variant(result)} | {end:,} | {' | '.join(cells)} |")
-    rate = next((f"{r['lr']:.2g}" for r in results if "lr" in r), "not run")
+    rates = [r["lr"] for r in results if "lr" in r]
+    searched = f" Published: best step size for the stream, {rates[0]:.2g}." if rates else ""
     note = (
-        f"{scale['lifelong_edits']:,} edits in turns of {scale['turn_size']}, one stream, "
-        "ablations on the first part of it; "
+        f"{scale[edits]:,} edits in turns of {scale['turn_size']}, one stream; "
         f"{100 * scale['lifelong_again']:.0f} % of them edit a fact again, whose last target "
         f"counts. Scores in %, free generation, of at most {scale['sample']} edits drawn from all "
         f"so far, and of the {first}, which are not edited again. Perplexity: change in % on "
-        f"untouched text. Published: best step size for the whole stream, {rate}."
+        f"untouched text.{searched}"
     )
-    return "\n".join(["## Lifelong", "", *lines, "", note, "", _conditions(results)])
+    return "\n".join([f"## {title}", "", *lines, "", note, "", _conditions(results)])
 
 
 def plot_lifelong(results: list[Result], path: Path) -> None:

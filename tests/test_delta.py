@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ultraedit_kernels.delta import EditDelta, LowRank, digest
+from ultraedit_kernels.operations import rank_k_update_
 
 
 def make_delta(dtype=torch.bfloat16) -> EditDelta:
@@ -36,6 +37,40 @@ def test_round_trip(tmp_path):
         assert loaded.factors[name].keys.dtype == torch.bfloat16
         assert torch.equal(loaded.factors[name].keys, factor.keys)
         assert torch.equal(loaded.factors[name].coeff, factor.coeff)
+
+
+@pytest.mark.parametrize("d_out, d_in", [(4, 6), (6, 4)])
+def test_a_change_takes_no_more_room_than_its_matrix(d_out, d_in):
+    generator = torch.Generator().manual_seed(0)
+    change = LowRank.empty(torch.zeros(d_out, d_in))
+    expected = torch.zeros(d_out, d_in)
+    for n in (1, 3, 0, 2, 9):
+        coeff, keys = (torch.randn(n, d, generator=generator) for d in (d_out, d_in))
+        change = change.append(coeff, keys)
+        expected += coeff.T @ keys
+        weight = torch.zeros(d_out, d_in)
+        change.apply(weight)
+        torch.testing.assert_close(weight, expected)
+    assert len(change.coeff) == len(change.keys) == 4
+
+
+def test_stochastic_rounding_goes_with_the_file():
+    delta = make_delta()
+    how = {"rounding": "stochastic", "seed": 7}
+    weights = {}
+    for settings_ in ({}, how, how | {"seed": 8}):
+        again = EditDelta.from_bytes(EditDelta(delta.factors, delta.base, settings_).to_bytes())
+        weight = torch.ones(4, 6, dtype=torch.bfloat16)
+        again.factors["layers.0.down_proj"].apply(weight)
+        weights[settings_.get("seed")] = weight
+        assert torch.equal(weight, applied(weight, delta, **settings_))
+    assert not torch.equal(weights[None], weights[7])
+    assert not torch.equal(weights[7], weights[8])
+
+
+def applied(weight, delta, **how):
+    factor = delta.factors["layers.0.down_proj"]
+    return rank_k_update_(torch.ones_like(weight), factor.coeff, factor.keys, **how)
 
 
 def test_join_is_the_sum():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -86,9 +88,16 @@ def test_many_edits_by_defaults(model, tokenizer):
     assert specificity >= 0.95
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rollback_is_exact(model, tokenizer, dtype):
-    editor = Editor(model.to(dtype), tokenizer, anchors=20)
+@pytest.mark.parametrize(
+    "dtype, rounding",
+    [
+        (torch.float32, "nearest"),
+        (torch.bfloat16, "nearest"),
+        (torch.bfloat16, "stochastic"),
+    ],
+)
+def test_rollback_is_exact(model, tokenizer, dtype, rounding):
+    editor = Editor(model.to(dtype), tokenizer, anchors=20, rounding=rounding)
     states, digests, statistics = [state(editor)], [editor.digest()], []
     for i, target in enumerate(["Sydney", "Perth", "Hobart"]):
         editor.apply([EditRequest(f"The capital of {['Australia', 'Peru', 'Cuba'][i]} is", target)])
@@ -212,6 +221,7 @@ def test_edits_that_are_no_edit_requests_are_refused(editor):
         ({"anchors": -1}, "anchors is -1"),
         ({"statistics": "global"}, "statistics is 'global'"),
         ({"keep": 0}, "keep is 0"),
+        ({"rounding": "up"}, "rounding is 'up'"),
         ({"max_change": 0}, "max_change is 0"),
         ({"canaries": [{"prompt": "A"}]}, "canary 0 is"),
     ],
@@ -281,6 +291,24 @@ def test_state_directories_that_cannot_be_continued(model, tokenizer, tmp_path):
     (tmp_path / "000001.safetensors").write_bytes((tmp_path / "kept").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"000001.safetensors is damaged"):
         Editor(model, tokenizer, state_dir=tmp_path)
+
+
+def test_a_turn_rounded_stochastically_is_the_same_elsewhere(tokenizer):
+    first, second, plain = (
+        Editor(
+            AutoModelForCausalLM.from_pretrained(BUNDLED).bfloat16(),
+            tokenizer,
+            anchors=0,
+            rounding=rounding,
+        )
+        for rounding in ("stochastic", "nearest", "nearest")
+    )
+    delta = first.apply([SYDNEY]).delta
+    second.apply_delta(EditDelta.from_bytes(delta.to_bytes()))
+    assert second.digest() == first.digest()
+    without = replace(delta, settings={})
+    plain.apply_delta(EditDelta.from_bytes(without.to_bytes()))
+    assert plain.digest() != first.digest()
 
 
 def test_a_delta_gives_the_same_weights_elsewhere(editor, tokenizer, tmp_path):

@@ -59,6 +59,8 @@ class Settings:
     them, and as many earlier edits because it is their turn; those that broke are repaired."""
     batch_size: int = 32
     """Sequences per capture batch, over whose answer tokens the loss is averaged."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Of the weights, see `operations.rank_k_update_`; the number of the turn is the seed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def turn(
         anchors: what must be left as it is.
         number: of the turn, see `watch.Repairs`.
     """
-    delta = {name: LowRank.empty(weight) for name, weight in weights.items()}
+    delta = {n: LowRank.empty(w, settings.rounding, number) for n, w in weights.items()}
     limits = {name: MAX_STEP * norm(weight) for name, weight in start.items()}
     stats = dict(statistics)
     edits = max(edit_of) + 1

@@ -3,7 +3,8 @@
 Layout: per edited module the tensors `{module}.coeff` [n, d_out] and `{module}.keys` [n, d_in], so
 that ΔW = coeffᵀ keys. Metadata (all strings): `format` = "ultraedit-delta", `format_version`,
 `library_version`, `base` = JSON object module → SHA-256 of the untouched weight, `settings` = JSON
-object of how it was computed. Loading checks all of it and never unpickles.
+object of how it was computed, of which `rounding` and `seed` say how it is applied. Loading checks
+all of it and never unpickles.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -36,32 +37,54 @@ class LowRank:
 
     coeff: Tensor
     keys: Tensor
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How `apply` rounds, see `operations.rank_k_update_`; `seed` is of the stochastic one."""
+    seed: int = 0
 
     @classmethod
-    def empty(cls, weight: Tensor) -> LowRank:
+    def empty(
+        cls, weight: Tensor, rounding: Literal["nearest", "stochastic"] = "nearest", seed: int = 0
+    ) -> LowRank:
         """The change of rank 0 of a weight [d_out, d_in]."""
         d_out, d_in = weight.shape
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return cls(
-            weight.new_zeros(0, d_out, dtype=dtype), weight.new_zeros(0, d_in, dtype=weight.dtype)
-        )
+        coeff = weight.new_zeros(0, d_out, dtype=dtype)
+        return cls(coeff, weight.new_zeros(0, d_in, dtype=weight.dtype), rounding, seed)
 
     def append(self, coeff: Tensor, keys: Tensor) -> LowRank:
-        """With further rows, coeff [n, d_out] and keys [n, d_in]."""
-        return LowRank(torch.cat([self.coeff, coeff]), torch.cat([self.keys, keys]))
+        """With further rows, coeff [n, d_out] and keys [n, d_in].
+
+        If these are more than a side of ΔW has, one of the factors becomes ΔW itself.
+        """
+        coeff, keys = torch.cat([self.coeff, coeff]), torch.cat([self.keys, keys])
+        (n, d_out), d_in = coeff.shape, keys.shape[1]
+        if n > min(d_out, d_in):
+            change, one = coeff.T @ keys.to(coeff.dtype), torch.eye(min(d_out, d_in)).to(coeff)
+            coeff, keys = (one, change) if d_out <= d_in else (change.T, one)
+        return replace(self, coeff=coeff, keys=keys)
 
     def cpu(self) -> LowRank:
         """The same on the CPU."""
-        return LowRank(self.coeff.cpu(), self.keys.cpu())
+        return replace(self, coeff=self.coeff.cpu(), keys=self.keys.cpu())
 
     def apply(self, weight: Tensor) -> None:
-        """W ← W + ΔW in place; of a divided weight, this rank's part."""
+        """W ← W + ΔW in place; of a divided weight, this rank's part.
+
+        Raises:
+            ValueError: stochastic rounding of a divided weight.
+        """
         if isinstance(weight, ShardedWeight):
+            if self.rounding != "nearest":
+                raise ValueError(
+                    f"the change is to be rounded {self.rounding!r}, but the weight is divided "
+                    "among ranks, expected 'nearest'; edit on one rank, or make the delta with it"
+                )
             shard = weight.shard
             if weight.local.numel():
                 LowRank(shard.part(self.coeff, 0), shard.part(self.keys, 1)).apply(weight.local)
             return
-        rank_k_update_(weight, self.coeff.to(weight.device), self.keys.to(weight.device))
+        coeff, keys = self.coeff.to(weight.device), self.keys.to(weight.device)
+        rank_k_update_(weight, coeff, keys, rounding=self.rounding, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -91,9 +114,10 @@ class EditDelta:
                     f"({sorted(first.base)} and {sorted(delta.base)}); join those of one stream"
                 )
         factors = {
-            name: LowRank(
-                torch.cat([d.factors[name].coeff for d in deltas]),
-                torch.cat([d.factors[name].keys for d in deltas]),
+            name: replace(
+                first.factors[name],
+                coeff=torch.cat([d.factors[name].coeff for d in deltas]),
+                keys=torch.cat([d.factors[name].keys for d in deltas]),
             )
             for name in first.factors
         }
@@ -169,11 +193,13 @@ class EditDelta:
             base, settings = json.loads(metadata["base"]), json.loads(metadata["settings"])
             if not isinstance(base, dict) or not isinstance(settings, dict):
                 raise ValueError("base and settings are not JSON objects")
+            how = settings.get("rounding", "nearest"), settings.get("seed", 0)
+            checks.rounding(*how)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{source} has damaged metadata: {error}; save it again") from error
         expected = {f"{name}.{part}": None for name in base for part in ("coeff", "keys")}
         checks.tensor_names(tensors, expected, f"tensors of {source}")
-        factors = {n: LowRank(tensors[f"{n}.coeff"], tensors[f"{n}.keys"]) for n in base}
+        factors = {n: LowRank(tensors[f"{n}.coeff"], tensors[f"{n}.keys"], *how) for n in base}
         for name, factor in factors.items():
             try:
                 checks.matrix("coeff", factor.coeff)

@@ -89,7 +89,7 @@ class Editor:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
         modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
-        lr, step, rounds, ridge, margin, repairs, batch_size: see `algorithm.Settings`.
+        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see `algorithm.Settings`.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
             for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
@@ -127,6 +127,7 @@ class Editor:
         margin: float = Settings.margin,
         repairs: int = Settings.repairs,
         batch_size: int = Settings.batch_size,
+        rounding: Literal["nearest", "stochastic"] = Settings.rounding,
         statistics: Literal["per-module", "per-shape"] = "per-module",
         append_eos: bool = True,
         state_dir: str | Path | None = None,
@@ -140,7 +141,7 @@ class Editor:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.modules = resolve_modules(model, self.model.config, modules)
-        self.settings = Settings(lr, step, rounds, ridge, margin, repairs, batch_size)
+        self.settings = Settings(lr, step, rounds, ridge, margin, repairs, batch_size, rounding)
         _check_settings(self.settings, anchors, anchor_rows, statistics, keep)
         checks.positive("max_change", max_change)
         checks.positive("max_lost", max_lost)
@@ -254,7 +255,8 @@ class Editor:
             commit_begun = time.perf_counter()
             # Versions are kept on the CPU: the accelerator's memory is the model's.
             factors = {name: factor.cpu() for name, factor in result.delta.items()}
-            delta = EditDelta(factors, dict(self._base), asdict(self.settings))
+            settings = asdict(self.settings) | {"seed": self.version + 1}
+            delta = EditDelta(factors, dict(self._base), settings)
             if commit:
                 leads = torch.stack([result.watched.lead, result.watched.drift])
                 entry = Entry(
@@ -661,6 +663,7 @@ def _check_settings(
         checks.positive("lr", settings.lr)
     checks.positive("step", settings.step)
     checks.positive("ridge", settings.ridge)
+    checks.rounding(settings.rounding, 0)
     for name, value, least in (
         ("rounds", settings.rounds, 1),
         ("batch_size", settings.batch_size, 1),

@@ -23,6 +23,8 @@ def sketch(rows: Tensor, limit: int) -> Tensor:
     if len(rows) <= limit:
         return rows
     wide = rows.double()
+    if limit == rows.shape[1]:  # nothing to drop
+        return torch.linalg.qr(wide, mode="r").R.to(rows.dtype).contiguous()
     if len(rows) > rows.shape[1]:
         squares, directions = torch.linalg.eigh(wide.T @ wide)
         best = squares.clamp_min(0).sqrt()[:, None] * directions.T

@@ -41,6 +41,8 @@ CHECKS = 3
 """Times that a turn looks at what is watched: once every edit holds, and at edits after repairs."""
 ROWS = 4
 """Tokens of a sequence that are kept, the weakest ones."""
+SHIFT_ROWS = 1024
+"""Tokens whose leads are shifted at a time."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,19 @@ class Watch:
         """[r] first-order change of the leads under a change of one module's weight."""
         keys, coeff = factor.keys.to(self.lead), factor.coeff.to(self.lead)
         (n, d_in), d_out = keys.shape, coeff.shape[1]
-        rows, slopes = self.keys[name].to(self.lead), self.slopes[name].to(self.lead)
-        if len(rows) * n * (d_in + d_out) < (len(rows) + n) * d_in * d_out:
-            moved = rows @ keys.T @ coeff
-        else:  # so many steps that the change itself is the smaller matrix
-            moved = rows @ (keys.T @ coeff)
-        return (moved * slopes).sum(1)
+        rows, slopes = self.keys[name], self.slopes[name]
+        factors = [keys.T, coeff]
+        if len(rows) * n * (d_in + d_out) >= (len(rows) + n) * d_in * d_out:
+            # So many steps that the change itself is the smaller matrix.
+            factors = [keys.T @ coeff]
+        shift = torch.empty_like(self.lead)
+        for i in range(0, len(rows), SHIFT_ROWS):  # a serving engine waits for each operation
+            part = slice(i, i + SHIFT_ROWS)
+            moved = rows[part].to(self.lead)
+            for matrix in factors:
+                moved = moved @ matrix
+            shift[part] = (moved * slopes[part].to(self.lead)).sum(1)
+        return shift
 
     def threat(self, shift: Tensor) -> Tensor:
         """[w] largest share of a token's lead that is lost since it was measured, if the leads now
@@ -264,8 +273,8 @@ class Repairs:
         if not asked:  # as for most
             return False
         here = self._directions(captured.keys, torch.tensor([row], device=captured.labels.device))
-        cosines = [sum(units @ here[name][0] for name, units in at.items()) for at in asked]
-        return bool(torch.cat(cosines).max() > SAME_KEY * len(here))
+        cosines = [torch.stack([u @ here[n][0] for n, u in at.items()]).mean(0) for at in asked]
+        return bool(torch.cat(cosines).max() > SAME_KEY)
 
     def _directions(self, keys: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """Module → unit vectors of the shielded keys at the rows, [rows, d_in]."""
