@@ -26,6 +26,7 @@ from ultraedit_kernels import (  # noqa: E402
     presets,
 )
 from ultraedit_kernels.data import load_edits  # noqa: E402
+from ultraedit_kernels.stream import STREAM, load_stream  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "bench" / "tiny-facts"
 TURN_SIZE = 8
@@ -94,7 +95,7 @@ def test_checkpoint_differs_from_the_model_in_the_edited_weights_only(edited: Pa
 def test_servers_find_only_weights_beside_the_weights(edited: Path) -> None:
     """vLLM loads every safetensors file of the folder itself."""
     assert [p.name for p in (edited / "out").glob("*.safetensors")] == ["model.safetensors"]
-    assert (edited / "out" / cli.STATISTICS).is_file()
+    assert (edited / "out" / STREAM).is_file()
 
 
 def test_delta_makes_the_same_weights(edited: Path) -> None:
@@ -129,19 +130,21 @@ def test_output_lists_edits_that_do_not_hold(
 
 
 def test_editing_a_checkpoint_again_continues_its_stream(
-    edited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    edited: Path, edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more, out = tmp_path / "more.json", tmp_path / "out"
     more.write_text(json.dumps(World.earth().edits(5, seed=2)))
     assert run("edit", edited / "out", more, "-o", out) == 0
-    assert "continuing the statistics" in capsys.readouterr().err
-    continued, anew = (Editor(*load(edited / "out")) for _ in range(2))
-    continued.load_statistics(edited / "out" / cli.STATISTICS)
+    assert "continuing the stream of" in capsys.readouterr().err
+    continued = Editor(*load(edited / "out"), continues=edited / "out" / STREAM)
+    anew = Editor(*load(edited / "out"))
     for editor in (continued, anew):
         editor.apply(load_edits(more))
     model, _ = load(out)
     assert same_weights(continued, model)
     assert not same_weights(anew, model, within=1e-4)
+    _, taught = load_stream(out / STREAM)
+    assert len(taught) == len(load_edits(edits)) + 5  # for the next time
 
 
 def test_stream_of_other_modules_is_refused(
@@ -149,7 +152,7 @@ def test_stream_of_other_modules_is_refused(
 ) -> None:
     other = ["--modules", "model.layers.1.mlp.up_proj, model.layers.0.mlp.up_proj"]
     assert run("edit", edited / "out", edits, "-o", tmp_path / "out", *other) == 1
-    assert "give the same --modules" in capsys.readouterr().err
+    assert "edit the same modules" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -15,6 +15,7 @@ from ultraedit_kernels.capture import capture
 from ultraedit_kernels.encoding import encode, encode_prompt
 from ultraedit_kernels.generation import generate
 from ultraedit_kernels.presets import PAPER
+from ultraedit_kernels.shield import shielded
 
 CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
 SYDNEY = EditRequest("The capital of Australia is", "Sydney", rephrases=(CHAT,))
@@ -333,28 +334,51 @@ def test_a_delta_gives_the_same_weights_elsewhere(editor, tokenizer, tmp_path):
     assert other.version == half.version == elsewhere.version == 0
 
 
-def test_saved_statistics_continue_the_stream(model, tokenizer, tmp_path):
+def test_a_saved_stream_goes_on(model, tokenizer, tmp_path):
+    file = tmp_path / "stream.safetensors"
     first = Editor(model, tokenizer, anchors=0)
     first.apply([SYDNEY])
-    first.save_statistics(tmp_path / "statistics.safetensors")
+    first.save_stream(file)
     edited = {name: weight.clone() for name, weight in first.weights.items()}
     first.apply([AUSTEN])
     expected = first.digest()
 
     for name, weight in first.weights.items():
         weight.copy_(edited[name])
-    second = Editor(model, tokenizer, anchors=0)
-    second.load_statistics(tmp_path / "statistics.safetensors")
+    second = Editor(model, tokenizer, anchors=0, continues=file)
     second.apply([AUSTEN])
     assert second.digest() == expected
-    with pytest.raises(ValueError, match="at version 1, expected 0"):
-        second.load_statistics(tmp_path / "statistics.safetensors")
-    narrow = Editor(model, tokenizer, modules=["model.layers.1.mlp.up_proj"])
-    with pytest.raises(ValueError, match=r"missing .'model.layers.1.mlp.up_proj'."):
-        narrow.load_statistics(tmp_path / "statistics.safetensors")
-    (tmp_path / "bad").write_bytes(b"not statistics")
-    with pytest.raises(ValueError, match="not a readable statistics file"):
-        narrow.load_statistics(tmp_path / "bad")
+    second.rollback(0)
+    second.apply([AUSTEN])
+    assert second.digest() == expected
+    with pytest.raises(ValueError, match=r"missing .'model.layers.1.mlp.up_proj'.*remove the file"):
+        Editor(model, tokenizer, modules=["model.layers.1.mlp.up_proj"], continues=file)
+    file.write_bytes(b"not a stream")
+    with pytest.raises(ValueError, match="does not hold a stream of edits"):
+        Editor(model, tokenizer, continues=file)
+
+
+def test_edits_of_a_saved_stream_are_held_and_watched(model, tokenizer, tmp_path):
+    file = tmp_path / "stream.safetensors"
+    edits = [EditRequest.from_dict(record) for record in World.earth().edits(12, seed=4)]
+    first = Editor(model, tokenizer, anchors=20)
+    outcomes = first.apply(edits).edits
+    first.save_stream(file)
+    taught = [encode(tokenizer, r.prompt, r.target) for r in edits]
+    held = [one for one, outcome in zip(taught, outcomes, strict=True) if outcome.succeeded]
+    captured = capture(model, held, first.modules, backward=False)
+    passed = {}
+    for continues in (file, None):
+        editor = Editor(model, tokenizer, anchors=20, continues=continues)
+        editor.prepare()
+        anchors = editor._anchors
+        watched = anchors.watch.sequences[anchors.watch.own :]
+        assert watched == (held if continues else [])
+        for name, keys in captured.keys.items():
+            rest = shielded(keys, anchors.keys[name]).norm() / keys.norm()
+            passed.setdefault(name, []).append(float(rest))
+    for with_stream, without in passed.values():
+        assert with_stream < 0.5 * without
 
 
 def test_the_published_method_runs_with_the_papers_settings(model, tokenizer):

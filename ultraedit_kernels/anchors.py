@@ -21,7 +21,7 @@ from ultraedit_kernels.data import Prompt
 from ultraedit_kernels.encoding import Sequence, encode_prompt
 from ultraedit_kernels.generation import generate
 from ultraedit_kernels.shield import extend_shield, sketch
-from ultraedit_kernels.watch import ROWS, SURE, Watch, lead_slopes
+from ultraedit_kernels.watch import ROWS, SURE, Watch, lead_slopes, weakest
 
 ANSWER_TOKENS = 16
 """Tokens of the model's own answer that a locality prompt protects."""
@@ -67,10 +67,12 @@ class Anchors:
         )
         return Anchors(keys, outputs, Watch.empty(weights).join(self.watch))
 
-    def hold(self, keys: Mapping[str, Tensor], ridge: float, limit: int) -> Anchors:
-        """With further keys in the shields, module → [n, d_in]."""
+    def hold(
+        self, keys: Mapping[str, Tensor], ridge: float, limit: int, weight: float = 1.0
+    ) -> Anchors:
+        """With further keys in the shields, module → [n, d_in], each weighing so much."""
         extended = {
-            name: extend_shield(self.keys[name], rows.to(self.keys[name].device), ridge, limit)
+            name: extend_shield(self.keys[name], weight * rows.to(self.keys[name]), ridge, limit)
             for name, rows in keys.items()
         }
         return replace(self, keys={**self.keys, **extended})
@@ -102,6 +104,27 @@ def own_anchors(
         anchors.outputs[name] = extend_shield(anchors.outputs[name], rows, ridge_out, limit)
     watch = replace(watch, own=len(watch))
     return replace(anchors, watch=watch).hold(keys, ridge, limit)
+
+
+def hold_edits(
+    anchors: Anchors,
+    model: Any,
+    edits: Seq[Sequence],
+    modules: Seq[str],
+    ridge: float,
+    limit: int,
+) -> Anchors:
+    """With edits that were made before, those that hold in the model as it is."""
+    for part, captured in captures(model, edits, modules):
+        least = captured.margin.new_full((len(part),), torch.inf)
+        holds = least.scatter_reduce(0, captured.owner, captured.margin, "amin") > 0
+        new = {i: edit for i, edit in enumerate(part) if holds[i]}
+        rows = weakest(captured)
+        watch = Watch.of(captured, new, [row for i in new for row in rows[i]])
+        anchors = replace(anchors, watch=anchors.watch.join(watch))
+        keys = {name: every[holds[captured.owner]] for name, every in captured.keys.items()}
+        anchors = anchors.hold(keys, ridge, limit, HELD_WEIGHT)
+    return anchors
 
 
 def _bounded(rows: Tensor, limit: int) -> Tensor:

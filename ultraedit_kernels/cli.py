@@ -38,10 +38,6 @@ if TYPE_CHECKING:
     from ultraedit_kernels.data import EditRequest, Prompt
     from ultraedit_kernels.editor import Editor, EditOutcome, TurnResult
 
-STATISTICS = "ultraedit/statistics.safetensors"
-"""Where a checkpoint keeps the running statistics, to continue its stream of edits. In a folder,
-since vLLM takes every safetensors file beside the weights for weights."""
-
 SHOWN_FAILURES = 10
 SCORES = {
     "efficacy": "efficacy",
@@ -442,11 +438,12 @@ def _load(
     device: str | None,
     settings: dict[str, Any],
 ) -> _Job:
-    """Read the edits, load the model, and continue its statistics if it has some."""
+    """Read the edits, load the model, and continue its stream of edits if it has one."""
     import transformers
     from safetensors import SafetensorError
 
     from ultraedit_kernels.editor import Editor
+    from ultraedit_kernels.stream import STREAM
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(
@@ -466,17 +463,11 @@ def _load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {name}: {error}") from error
-    editor = Editor(model, tokenizer, **settings)
-    statistics = local / STATISTICS
-    if statistics.exists():
-        try:
-            editor.load_statistics(statistics)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}\n{name} was edited before, and {statistics} is to be continued: give "
-                "the same --modules (and --published, if it was), or remove that file to begin anew"
-            ) from error
-        _ERR.print(f"continuing the statistics of {statistics}", soft_wrap=True)
+    stream = local / STREAM
+    edited_before = stream.exists()
+    if edited_before:
+        _ERR.print(f"continuing the stream of {stream}", soft_wrap=True)
+    editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
     return _Job(name, edits_file, model, tokenizer, requests, editor, settings, place)
 
 
@@ -568,6 +559,8 @@ def _names_turn(job: _Job, number: int, part: list[EditRequest]) -> Iterator[Non
 def _save(job: _Job, out: Path) -> None:
     from transformers import GenerationConfig
 
+    from ultraedit_kernels.stream import STREAM
+
     # transformers refuses to write some generation settings that models ship with; they go along
     # as they are.
     shipped, job.model.generation_config = job.model.generation_config, GenerationConfig()
@@ -575,8 +568,8 @@ def _save(job: _Job, out: Path) -> None:
     job.model.generation_config = shipped
     shipped.to_json_file(out / "generation_config.json")
     job.tokenizer.save_pretrained(out)
-    (out / STATISTICS).parent.mkdir()
-    job.editor.save_statistics(out / STATISTICS)
+    (out / STREAM).parent.mkdir()
+    job.editor.save_stream(out / STREAM)
 
 
 def _joined_delta(editor: Editor) -> Any:

@@ -23,6 +23,7 @@ from ultraedit_kernels.anchors import (
     SAMPLE_TOKENS,
     Anchors,
     captures,
+    hold_edits,
     own_anchors,
     own_answers,
     own_texts,
@@ -34,7 +35,8 @@ from ultraedit_kernels.guards import GuardError
 from ultraedit_kernels.journal import Entry, Journal, Snapshot
 from ultraedit_kernels.parallel import ranks_of, together, weight_of, whole
 from ultraedit_kernels.presets import resolve_modules
-from ultraedit_kernels.statistics import Statistics, load_statistics, save_statistics
+from ultraedit_kernels.statistics import Statistics
+from ultraedit_kernels.stream import load_stream, save_stream
 from ultraedit_kernels.watch import Watch, weakest
 
 WATCHED_EDITS = 4096
@@ -104,6 +106,8 @@ class Editor:
         max_lost: most of the model's own texts, as a share, that a turn may make it continue
             otherwise.
         canaries: prompts whose answer no turn may change, see `guards.load_canaries`.
+        continues: file that `save_stream` wrote when the model was saved, edited: its statistics go
+            on, and its edits are anchors as those of this editor are.
         seed: of the sampled anchors.
 
     Raises:
@@ -136,6 +140,7 @@ class Editor:
         max_change: float = guards.MAX_CHANGE,
         max_lost: float = guards.MAX_LOST,
         canaries: str | Path | Seq[Mapping[str, Any]] = (),
+        continues: str | Path | None = None,
         seed: int = 0,
     ) -> None:
         self.model: Any = model
@@ -161,6 +166,7 @@ class Editor:
             self._share[name]: Statistics.empty(w.shape[1], w.shape[0], device=w.device)
             for name, w in self.weights.items()
         }
+        self._edited_before = [] if continues is None else self._continue(continues)
         self._first_statistics = dict(self._statistics)
         self._pristine = {
             name: weight.to("cpu", copy=True) for name, weight in self.weights.items()
@@ -397,32 +403,35 @@ class Editor:
         """SHA-256 over the edited weights, hexadecimal."""
         return digest_all(self.weights)
 
-    def save_statistics(self, path: str | Path) -> None:
-        """Write the running statistics as a safetensors file, to continue the stream later."""
-        save_statistics(self._statistics, path)
+    def save_stream(self, path: str | Path) -> None:
+        """Write what a later editor of the model, as it is now, goes on with: the running
+        statistics, and the edits that hold. See the argument `continues`."""
+        self.prepare()
+        assert self._anchors is not None
+        watch = self._anchors.watch
+        save_stream(self._statistics, watch.sequences[watch.own :], path)
 
-    def load_statistics(self, path: str | Path) -> None:
-        """Continue a stream whose statistics were saved; only before the first turn.
-
-        Raises:
-            ValueError: the file is damaged or of other modules, or turns were made already.
-        """
-        if self.version:
+    def _continue(self, path: str | Path) -> list[Sequence]:
+        """Take over the statistics of a stream; its edits."""
+        loaded, edits = load_stream(path)
+        try:
+            checks.tensor_names(loaded, self._statistics, f"statistics of {path}")
+            for name, stats in loaded.items():
+                own = self._statistics[name]
+                if (stats.d_in, stats.d_out) != (own.d_in, own.d_out):
+                    raise ValueError(
+                        f"statistics {name} of {path} are of {stats.d_in} + {stats.d_out} "
+                        f"features, expected {own.d_in} + {own.d_out}"
+                    )
+        except ValueError as error:
             raise ValueError(
-                f"the model is at version {self.version}, expected 0; load statistics before the "
-                "first turn"
-            )
-        loaded = load_statistics(path)
-        checks.tensor_names(loaded, self._statistics, f"statistics of {path}")
-        for name, stats in loaded.items():
-            own = self._statistics[name]
-            if (stats.d_in, stats.d_out) != (own.d_in, own.d_out):
-                raise ValueError(
-                    f"statistics {name} of {path} are of {stats.d_in} + {stats.d_out} features, "
-                    f"expected {own.d_in} + {own.d_out}; they belong to another model"
-                )
-            self._first_statistics[name] = stats.to(own.mean.device)
-        self._statistics = dict(self._first_statistics)
+                f"{error}; the model was edited before, and that file is to be continued: edit the "
+                "same modules (by the published method, if it was), or remove the file to begin "
+                "anew"
+            ) from error
+        device = next(iter(self.weights.values())).device
+        self._statistics = {name: stats.to(device) for name, stats in loaded.items()}
+        return edits
 
     def _encode(self, requests: Seq[EditRequest]) -> tuple[list[Sequence], list[int]]:
         """Every sequence to teach, and the edit that it belongs to."""
@@ -500,15 +509,16 @@ class Editor:
     def _own_anchors(self) -> Anchors:
         if not self._anchor_texts:
             return Anchors.empty(self.weights)
+        limit, ridge = self._anchor_rows, self.settings.ridge
         texts = own_texts(self.model, self.tokenizer, self._anchor_texts, self._seed)
-        return own_anchors(self.model, texts, self.weights, self.settings.ridge, self._anchor_rows)
+        anchors = own_anchors(self.model, texts, self.weights, ridge, limit)
+        return hold_edits(anchors, self.model, self._edited_before, self.modules, ridge, limit)
 
     def _held(self, anchors: Anchors, entry: Entry) -> Anchors:
         """With what a version added. With no anchors at all wanted, none."""
         if not self._anchor_texts:
             return anchors
-        weighted = {name: HELD_WEIGHT * keys.double() for name, keys in entry.held.items()}
-        anchors = anchors.hold(weighted, self.settings.ridge, self._anchor_rows)
+        anchors = anchors.hold(entry.held, self.settings.ridge, self._anchor_rows, HELD_WEIGHT)
         watch = anchors.watch.join(entry.watch)
         watch = watch.with_leads(entry.leads).without(entry.released)
         surplus = range(watch.own, len(watch) - WATCHED_EDITS)
@@ -523,7 +533,8 @@ class Editor:
             change = max(change, guards.check_change(name, weight, start[name], self._max_change))
             total = max(total, guards.relative_change(weight, self._pristine[name]))
             yield "guard"
-        texts = self._own.watch.sequences[: guards.OWN_TEXTS]
+        own = self._own.watch
+        texts = own.sequences[: min(own.own, guards.OWN_TEXTS)]
         size = self.settings.batch_size
         lost = yield from guards.share_lost(self.model, texts, self.modules, size)
         before = self._journal.records[-1]["guards"]["lost"] if self.version else 0.0

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ultraedit_kernels.data import Prompt
@@ -76,3 +81,22 @@ def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]], target: str) ->
     special = set(tokenizer.all_special_ids)
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return next((i for i in ids if i in special), tokenizer.eos_token_id)
+
+
+def to_tensors(sequences: Seq[Sequence]) -> dict[str, Tensor]:
+    """Sequences for a file: "tokens" [n, longest] int32, prompt and target padded with -1, and
+    "prompt" [n] int32, how many of them are the prompt."""
+    rows = [s.prompt_ids + s.target_ids for s in sequences]
+    tokens = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    prompt = torch.tensor([len(s.prompt_ids) for s in sequences], dtype=torch.int32)
+    return {"tokens": tokens, "prompt": prompt}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> list[Sequence]:
+    """The inverse of `to_tensors`. Raises KeyError for a missing tensor, ValueError if they do not
+    belong together."""
+    rows = [[t for t in row if t >= 0] for row in tensors["tokens"].tolist()]
+    prompts = tensors["prompt"].tolist()
+    return [Sequence(ids[:n], ids[n:]) for ids, n in zip(rows, prompts, strict=True)]

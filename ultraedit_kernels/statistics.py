@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -89,27 +85,3 @@ def from_tensors(tensors: Mapping[str, Tensor], d_in: Mapping[str, int]) -> dict
         )
         for name, width in d_in.items()
     }
-
-
-def save_statistics(statistics: Mapping[str, Statistics], path: str | Path) -> None:
-    """Write named statistics as a safetensors file."""
-    tensors, d_in = to_tensors(statistics)
-    safetensors.torch.save_file(tensors, path, metadata={"statistics_d_in": json.dumps(d_in)})
-
-
-def load_statistics(path: str | Path) -> dict[str, Statistics]:
-    """Read what `save_statistics` wrote.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or not a statistics file.
-    """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return from_tensors(tensors, json.loads((file.metadata() or {})["statistics_d_in"]))
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a readable statistics file ({error}), expected one written by "
-            "save_statistics; it may be truncated"
-        ) from error

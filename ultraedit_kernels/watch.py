@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultraedit_kernels import encoding
 from ultraedit_kernels.capture import Captured, capture
 from ultraedit_kernels.delta import LowRank
 from ultraedit_kernels.encoding import Sequence
@@ -176,15 +177,9 @@ class Watch:
         return none.scatter_reduce(0, self.owner, share, "amax")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as named tensors on the CPU, tokens padded with -1, for a file."""
-        rows = [s.prompt_ids + s.target_ids for s in self.sequences]
-        tokens = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int32)
-        for row, ids in zip(tokens, rows, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        prompt = torch.tensor([len(s.prompt_ids) for s in self.sequences], dtype=torch.int32)
+        """All of it as named tensors on the CPU, for a file."""
         return {
-            "tokens": tokens,
-            "prompt": prompt,
+            **encoding.to_tensors(self.sequences),
             "own": torch.tensor([self.own]),
             "owner": self.owner.cpu(),
             "place": self.place.cpu(),
@@ -197,13 +192,11 @@ class Watch:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Watch:
         """What `tensors` gave. Raises KeyError if a part is missing."""
-        rows = [[t for t in row if t >= 0] for row in tensors["tokens"].tolist()]
-        lengths = tensors["prompt"].tolist()
         keys, slopes = (
             {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
             for part in ("keys.", "slopes.")
         )
-        sequences = [Sequence(r[:n], r[n:]) for r, n in zip(rows, lengths, strict=True)]
+        sequences = encoding.from_tensors(tensors)
         owner, place, lead, drift = (tensors[n] for n in ("owner", "place", "lead", "drift"))
         return cls(sequences, int(tensors["own"]), owner, place, keys, slopes, lead, drift)
 

@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,6 +152,7 @@ class UltraEditWorker:
                 build_twin,
                 build_weights,
             )
+            from ultraedit_kernels.stream import STREAM
 
             known = [*inspect.signature(Editor).parameters][2:]  # after model and tokenizer
             known = [*known, "traffic"]
@@ -183,6 +185,9 @@ class UltraEditWorker:
             with together(twin.model):
                 try:
                     given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}
+                    stream = Path(config.model_config.model) / STREAM
+                    if stream.is_file():  # the checkpoint was edited before
+                        given.setdefault("continues", stream)
                     editor = Editor(twin.model, tokenizer, writes=not follows, **given)
                 except (ValueError, OSError) as error:
                     if (where := settings.get("state_dir")) is None:
