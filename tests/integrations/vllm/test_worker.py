@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,27 +22,39 @@ PROBE = Path(__file__).with_name("worker_probe.py")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A state directory at version 1, and digests, made by the library alone."""
+    """A state directory at version 1, and digests, made by the library alone; and a checkpoint with
+    the stream of edits that it goes on with."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ultraedit_kernels import Editor, EditRequest
+    from ultraedit_kernels.stream import STREAM
 
-    state_dir = tmp_path_factory.mktemp("worker") / "state"
+    folder = tmp_path_factory.mktemp("worker")
+    checkpoint, state_dir = folder / "checkpoint", folder / "state"
+    shutil.copytree(MODEL, checkpoint)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    editor = Editor(model, tokenizer, anchors=0, state_dir=state_dir)
+    request = EditRequest("The capital of Australia is", "Sydney")
+    before = Editor(model, tokenizer, anchors=0)
+    before.apply([request])
+    (checkpoint / STREAM).parent.mkdir()
+    before.save_stream(checkpoint / STREAM)
+    rows = [float(stats.count) for stats in before._statistics.values()]
+    before.rollback(0)
+    editor = Editor(model, tokenizer, anchors=0, state_dir=state_dir, continues=checkpoint / STREAM)
     pristine = editor.digest()
-    result = editor.apply([EditRequest("The capital of Australia is", "Sydney")])
+    result = editor.apply([request])
     assert result.edits[0].succeeded
-    return {"state_dir": state_dir, "pristine": pristine, "edited": editor.digest()}
+    digests = {"pristine": pristine, "edited": editor.digest()}
+    return {"checkpoint": checkpoint, "state_dir": state_dir, "rows": rows, **digests}
 
 
 @pytest.fixture(scope="module")
 def seen(library: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     results = tmp_path_factory.mktemp("probe") / "results.json"
     arguments = {
-        "model": str(MODEL),
+        "model": str(library["checkpoint"]),
         "state_dir": str(library["state_dir"]),
         "results": str(results),
     }
@@ -100,6 +113,7 @@ def test_a_start_with_bad_settings_is_refused_and_can_be_repeated(seen: dict[str
     assert "model.layers.9.mlp.down_proj" in seen["unknown module"]["error"]["message"]
     taken = seen["directory is a file"]["error"]["message"]
     assert "worker_probe.py" in taken and "state directory" in taken
+    assert "does not hold a stream of edits" in seen["damaged stream"]["error"]["message"]
     assert seen["start"]["version"] == 1
 
 
@@ -220,4 +234,5 @@ def test_rollback_to_zero_gives_the_library_s_weights(
         "files": 0,
         "answers": ["Canberra", "Tokyo"],
     }
+    assert seen["rows"] == library["rows"]  # the checkpoint's stream goes on
     assert seen["rolled back by its end"] == seen["rolled back"]

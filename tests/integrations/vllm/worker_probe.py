@@ -25,6 +25,7 @@ from twin_probe import own_text
 from vllm import LLM, SamplingParams
 
 from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
+from ultraedit_kernels.stream import STREAM
 
 EDIT = {"prompt": "The capital of Australia is", "target": "Sydney"}
 SECOND = {"prompt": "The capital of Japan is", "target": "Osaka"}
@@ -106,6 +107,11 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["unknown module"] = probe.rpc("start", unknown, None, False)
     out["directory is a file"] = probe.rpc("start", {"state_dir": __file__}, None, False)
     settings = {"anchors": 0, "state_dir": str(state_dir)}
+    stream = Path(model) / STREAM
+    good = stream.read_bytes()
+    stream.write_bytes(good[:100])
+    out["damaged stream"] = probe.rpc("start", settings, None, False)
+    stream.write_bytes(good)
     out["start"] = probe.rpc("start", settings, None, False)
     out["started twice"] = probe.rpc("start", settings, None, False)
     out["replayed"] = probe.state()
@@ -209,6 +215,8 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["rollback"] = probe.rpc("commit", "one")
     probe.cancel()
     out["rolled back"] = probe.state()
+    statistics = probe.worker._ultraedit_editor._statistics
+    out["rows"] = [float(stats.count) for stats in statistics.values()]
 
     # A rollback is in the journal once its work is done; to end the turn then makes it live.
     probe.edit(SECOND)
