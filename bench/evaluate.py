@@ -38,7 +38,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -121,8 +121,10 @@ class Scale:
     frontier: dict[str, list[dict[str, Any]]] | None = None
     """In place of `FRONTIER`."""
     lifelong_facts: int = 3000
-    lifelong_hidden: int = 384
-    lifelong_epochs: int = 10
+    lifelong_hidden: int = 256
+    lifelong_wider: int = 6
+    """The feed-forward, in hidden sizes: its width is how many keys a module can tell apart."""
+    lifelong_epochs: int = 16
     lifelong_edits: int = 2000
     ablation_edits: int = 500
     lifelong_again: float = 0.1
@@ -142,13 +144,15 @@ class Source:
     facts: int = 0
     hidden: int = 128
     epochs: int = 25
+    wider: int = 3
+    """The feed-forward, in hidden sizes."""
     file: str | None = None
     """Of an edit set; then `facts` is the number of records."""
 
     @property
     def name(self) -> str:
         kind = f"synthetic-{self.seed}" if self.file is None else f"records-{digest(self.file)[:8]}"
-        return f"{kind}-{self.facts}-{self.hidden}-{self.epochs}"
+        return f"{kind}-{self.facts}-{self.hidden}x{self.wider}-{self.epochs}"
 
     def world(self) -> World:
         return World.synthetic(self.seed, self.facts)
@@ -193,6 +197,7 @@ def train(source: Source, folder: Path, scale: Scale) -> None:
         pairs,
         hidden=source.hidden,
         layers=scale.layers,
+        wider=source.wider,
         vocab=scale.vocab,
         epochs=source.epochs,
         seed=source.seed,
@@ -480,7 +485,12 @@ def described(source: Source, folder: Path) -> dict[str, Any]:
     """The conditions of a result."""
     return {
         "model": json.loads((folder / "models" / source.name / "training.json").read_text())
-        | {"hidden": source.hidden, "facts": source.facts, "seed": source.seed},
+        | {
+            "hidden": source.hidden,
+            "wider": source.wider,
+            "facts": source.facts,
+            "seed": source.seed,
+        },
         "hardware": _processor(),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("torch", "transformers", "peft")},
@@ -518,7 +528,11 @@ def tasks(parts: Sequence[str], scale: Scale, files: dict[str, str]) -> Iterator
     """The longest first, so that two workers end together."""
     if "lifelong" in parts:
         source = Source(
-            scale.seeds[0], scale.lifelong_facts, scale.lifelong_hidden, scale.lifelong_epochs
+            scale.seeds[0],
+            scale.lifelong_facts,
+            scale.lifelong_hidden,
+            scale.lifelong_epochs,
+            scale.lifelong_wider,
         )
         for method in reversed(METHODS):
             yield Task(f"lifelong-{method}", lifelong, source, scale.seeds[0], (method,))
@@ -531,7 +545,7 @@ def tasks(parts: Sequence[str], scale: Scale, files: dict[str, str]) -> Iterator
                 scale.records,
                 scale.hidden,
                 scale.record_epochs,
-                str(Path(files[part]).resolve()),
+                file=str(Path(files[part]).resolve()),
             )
             for draw in scale.draws:
                 yield Task(f"{part}-{draw}", compare, source, draw)
@@ -562,10 +576,29 @@ def run(
     code = code_digest()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers
     context = multiprocessing.get_context("spawn")
+    trained: set[Source] = set()
+    untrained = list(dict.fromkeys(task.source for task in wanted))
+    running: dict[Future[None], tuple[str, Source | None]] = {}
+    begun = time.perf_counter()
     with ProcessPoolExecutor(workers, context, initializer=quiet) as pool:
-        sources = dict.fromkeys(task.source for task in wanted)
-        _wait([(f"model {s.name}", pool.submit(train, s, folder, scale)) for s in sources])
-        _wait([(t.name, pool.submit(make, t, folder, scale, code)) for t in wanted])
+        while wanted or running:
+            while len(running) < workers:
+                task = next((task for task in wanted if task.source in trained), None)
+                if untrained:
+                    source = untrained.pop(0)
+                    started = pool.submit(train, source, folder, scale)
+                    running[started] = (f"model {source.name}", source)
+                elif task:
+                    wanted.remove(task)
+                    running[pool.submit(make, task, folder, scale, code)] = (task.name, None)
+                else:
+                    break
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                name, model = running.pop(done)
+                done.result()
+                if model:
+                    trained.add(model)
+                print(f"{time.perf_counter() - begun:6.0f} s  {name}", file=sys.stderr, flush=True)
 
 
 def make(task: Task, folder: Path, scale: Scale, code: str) -> None:
@@ -593,13 +626,6 @@ def quiet() -> None:
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def _wait(started: Sequence[tuple[str, Future[None]]]) -> None:
-    begun = time.perf_counter()
-    for name, result in started:
-        result.result()
-        _say(f"{time.perf_counter() - begun:6.0f} s  {name}")
 
 
 def _say(text: str) -> None:

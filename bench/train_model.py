@@ -90,8 +90,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def make_model(tokenizer: Any, *, hidden: int, layers: int) -> LlamaForCausalLM:
-    """An untrained Llama in float32 with heads of 32, the feed-forward three times as wide."""
+def make_model(tokenizer: Any, *, hidden: int, layers: int, wider: int = 3) -> LlamaForCausalLM:
+    """An untrained Llama in float32 with heads of 32, the feed-forward so many times as wide."""
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -100,7 +100,7 @@ def make_model(tokenizer: Any, *, hidden: int, layers: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=3 * hidden,
+        intermediate_size=wider * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
         num_key_value_heads=hidden // 64,
@@ -169,6 +169,7 @@ def fit(
     *,
     hidden: int = 128,
     layers: int = 4,
+    wider: int = 3,
     vocab: int = 1536,
     epochs: int = 25,
     batch_size: int = 64,
@@ -179,7 +180,7 @@ def fit(
     torch.manual_seed(seed)
     texts = [p if isinstance(p, str) else p[0]["content"] for p, _ in pairs] + [o for _, o in pairs]
     tokenizer = train_tokenizer(texts, vocab)
-    model = make_model(tokenizer, hidden=hidden, layers=layers)
+    model = make_model(tokenizer, hidden=hidden, layers=layers, wider=wider)
     sequences = [encode(tokenizer, prompt, answer) for prompt, answer in pairs]
     examples = [s.prompt_ids + s.target_ids for s in sequences]
     start = time.perf_counter()
