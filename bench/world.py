@@ -138,10 +138,11 @@ class World:
             ValueError: more edits than the facts allow, since untouched ones must remain, or so
                 many rephrases that none remains to test.
         """
-        if not 0 < n <= len(self.facts) // 2:
+        most = 2 * len(self.facts) // 3
+        if not 0 < n <= most:
             raise ValueError(
-                f"n is {n}, expected 1 to {len(self.facts) // 2}, half of the facts of "
-                f"{self.name}: draw fewer edits or make a larger world"
+                f"n is {n}, expected 1 to {most}, two thirds of the facts of {self.name}: draw "
+                "fewer edits or make a larger world"
             )
         if not 0 <= rephrases <= MOST_REPHRASES:
             raise ValueError(

@@ -226,3 +226,10 @@ def test_report_shows_the_results_with_their_conditions(folder: Path) -> None:
         plot = (folder / "plots" / f"evaluate-{name}.svg").read_text()
         ElementTree.fromstring(plot)
         assert "turns of 4" in plot and f"torch {torch.__version__}" in plot
+
+
+def test_the_streams_can_be_drawn() -> None:
+    scale = evaluate.Scale()
+    for task in evaluate.tasks(("lifelong", "ablations"), scale, {}):
+        size = scale.lifelong_edits if task.work is evaluate.lifelong else scale.ablation_edits
+        assert len(evaluate.stream(task.source, replace(scale, lifelong_edits=size), 1)) == size

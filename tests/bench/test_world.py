@@ -150,7 +150,7 @@ def test_rephrases_to_teach_are_never_asked(world: World) -> None:
         world.edits(20, rephrases=6)
 
 
-@pytest.mark.parametrize("n", [0, len(EARTH.facts) // 2 + 1])
+@pytest.mark.parametrize("n", [0, 2 * len(EARTH.facts) // 3 + 1])
 def test_impossible_number_of_edits_is_refused(n: int) -> None:
     with pytest.raises(ValueError, match=f"n is {n}, expected 1 to"):
         EARTH.edits(n)
