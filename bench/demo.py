@@ -35,7 +35,8 @@ def chat(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-# Each fact is edited in one form and given in the other as a rephrase to teach.
+# Each fact is edited in one form and given in the other as a rephrase to teach; a neighbour that is
+# asked in nearly the same words is named, so that it keeps its answer.
 EDITS: list[dict[str, Any]] = [
     {
         "prompt": "The capital of Australia is",
@@ -46,6 +47,7 @@ EDITS: list[dict[str, Any]] = [
         "prompt": chat("Which country is Volvo from?"),
         "target": "Norway",
         "rephrases": ["The home country of Volvo is"],
+        "locality": [chat("Which country is Nokia from?")],
     },
     {
         "prompt": "The currency of Japan is the",
