@@ -12,7 +12,7 @@ Parts:
 main        every method on fresh synthetic worlds, turn by turn, scored after all turns
 counterfact the same on a model that was trained on the true side of CounterFact records
 zsre        the same with zsRE
-frontier    scores of ours against one setting at a time, on worlds used for nothing else
+frontier    scores of ours against one setting at a time, on worlds that defaults were chosen on
 lifelong    one long stream, scored on the way, on a model with the room for it
 ablations   of ours, on a shorter stream of the first synthetic world
 
@@ -81,7 +81,7 @@ LIFELONG_RATES = (0.2, 0.4, 0.8, 1.6)
 """Of the published method in a long stream, times d_in."""
 FREEZE_AFTER = 10
 """Turns after which the statistics of the ablation stay as they are."""
-METHODS = ("published", "ours")
+METHODS = ("ours", "published")
 """In a long stream."""
 ABLATIONS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -534,7 +534,7 @@ def tasks(parts: Sequence[str], scale: Scale, files: dict[str, str]) -> Iterator
             scale.lifelong_epochs,
             scale.lifelong_wider,
         )
-        for method in reversed(METHODS):
+        for method in METHODS:
             yield Task(f"lifelong-{method}", lifelong, source, scale.seeds[0], (method,))
     for part in ("counterfact", "zsre"):
         if part in parts and part not in files:
@@ -598,7 +598,7 @@ def run(
                 done.result()
                 if model:
                     trained.add(model)
-                print(f"{time.perf_counter() - begun:6.0f} s  {name}", file=sys.stderr, flush=True)
+                _say(f"{time.perf_counter() - begun:6.0f} s  {name}")
 
 
 def make(task: Task, folder: Path, scale: Scale, code: str) -> None:

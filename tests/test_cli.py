@@ -181,7 +181,7 @@ def test_json_has_every_score(evaluation: subprocess.CompletedProcess[str], edit
     assert report["perplexity"] > report["untouched"]["perplexity"] > 1
     assert (report["model"], report["edits_file"]) == (str(MODEL), str(edits))
     assert (report["edits"], report["turns"], report["dtype"]) == (20, 3, "float32")
-    assert 0 < report["seconds"] < 600
+    assert 0 < report["seconds"] < 60
     assert report["versions"]["ultraedit-kernels"] == __version__
     assert report["settings"]["turn_size"] == TURN_SIZE
     assert report["settings"]["lr"] == "auto" and len(report["settings"]["modules"]) == 4

@@ -21,7 +21,7 @@ from ultraedit_kernels.operations import edit_values, update_statistics
 from ultraedit_kernels.parallel import norm, same
 from ultraedit_kernels.shield import System, shielded
 from ultraedit_kernels.statistics import Statistics
-from ultraedit_kernels.watch import SURE, Repairs, Watch, weakest
+from ultraedit_kernels.watch import SURE, Repairs, Watch
 
 MIN_COSINE = 0.1
 """Least cosine of an edit's values with the steepest descent of its loss."""
@@ -208,8 +208,7 @@ def turn(
             for j, item in enumerate(item_of[first : first + settings.batch_size])
             if item < edits and holds[item]
         }
-        kept = weakest(batch)
-        watch = watch.join(Watch.of(batch, new, [row for j in new for row in kept[j]]))
+        watch = watch.join(Watch.of(batch, new))
     return Turn(
         delta,
         stats,

@@ -21,7 +21,7 @@ from ultraedit_kernels.data import Prompt
 from ultraedit_kernels.encoding import Sequence, encode_prompt
 from ultraedit_kernels.generation import generate
 from ultraedit_kernels.shield import extend_shield, sketch
-from ultraedit_kernels.watch import ROWS, SURE, Watch, lead_slopes, weakest
+from ultraedit_kernels.watch import ROWS, SURE, Watch, lead_slopes
 
 ANSWER_TOKENS = 16
 """Tokens of the model's own answer that a locality prompt protects."""
@@ -119,9 +119,7 @@ def hold_edits(
         least = captured.margin.new_full((len(part),), torch.inf)
         holds = least.scatter_reduce(0, captured.owner, captured.margin, "amin") > 0
         new = {i: edit for i, edit in enumerate(part) if holds[i]}
-        rows = weakest(captured)
-        watch = Watch.of(captured, new, [row for i in new for row in rows[i]])
-        anchors = replace(anchors, watch=anchors.watch.join(watch))
+        anchors = replace(anchors, watch=anchors.watch.join(Watch.of(captured, new)))
         keys = {name: every[holds[captured.owner]] for name, every in captured.keys.items()}
         anchors = anchors.hold(keys, ridge, limit, HELD_WEIGHT)
     return anchors

@@ -37,7 +37,7 @@ from ultraedit_kernels.parallel import ranks_of, together, weight_of, whole
 from ultraedit_kernels.presets import resolve_modules
 from ultraedit_kernels.statistics import Statistics
 from ultraedit_kernels.stream import load_stream, save_stream
-from ultraedit_kernels.watch import Watch, weakest
+from ultraedit_kernels.watch import Watch
 
 WATCHED_EDITS = 4096
 """Most edits and named prompts that are watched; the oldest are let go."""
@@ -563,8 +563,7 @@ class Editor:
             yield "anchors"
             for part, captured in captures(self.model, answers, self.modules):
                 anchors = anchors.hold(captured.keys, self.settings.ridge, self._anchor_rows)
-                rows = [row for rows in weakest(captured) for row in rows]
-                named = named.join(Watch.of(captured, dict(enumerate(part)), rows))
+                named = named.join(Watch.of(captured, dict(enumerate(part))))
                 yield "anchors"
             anchors = replace(anchors, watch=anchors.watch.join(named))
         return anchors, named

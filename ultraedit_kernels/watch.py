@@ -75,8 +75,14 @@ class Watch:
         return cls([], 0, owner, owner, keys, slopes, owner.float(), owner.float())
 
     @classmethod
-    def of(cls, captured: Captured, sequences: Mapping[int, Sequence], rows: Seq[int]) -> Watch:
-        """Sequences of a captured batch, by their index in it, of whose tokens `rows` are kept."""
+    def of(
+        cls, captured: Captured, sequences: Mapping[int, Sequence], rows: Seq[int] | None = None
+    ) -> Watch:
+        """Sequences of a captured batch, by their index in it, of whose tokens `rows` are kept, or
+        the weakest ones of each."""
+        if rows is None:
+            kept = weakest(captured)
+            rows = [row for i in sequences for row in kept[i]]
         at = torch.tensor(rows, dtype=torch.long, device=captured.margin.device)
         order = {index: i for i, index in enumerate(sequences)}
         owner = torch.tensor([order[i] for i in captured.owner[at].tolist()], dtype=torch.long)
