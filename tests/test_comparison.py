@@ -38,6 +38,22 @@ def test_fine_tuning_reaches_its_edits(
     assert changed == {f"{name}.weight" for name in modules}
 
 
+@pytest.mark.parametrize("baseline", list(comparison.BASELINES))
+def test_what_is_done_again_gives_the_same(
+    model: nn.Module, tokenizer: Any, baseline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "MAX_STEPS", 3)
+    modules = default_modules(model, model.config)
+    made = []
+    for _ in range(2):
+        with comparison.restored(model, modules):
+            random = torch.get_rng_state()
+            comparison.BASELINES[baseline](model, tokenizer, TURNS, modules, 1e-3)
+            assert torch.equal(torch.get_rng_state(), random)
+            made.append([model.get_parameter(f"{name}.weight").clone() for name in modules])
+    assert all(torch.equal(*pair) for pair in zip(*made, strict=True))
+
+
 def test_it_stops_as_soon_as_the_edits_hold(model: nn.Module, tokenizer: Any) -> None:
     known = EditRequest("The capital of Australia is", "Canberra")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -71,6 +71,8 @@ def lora(
 ) -> None:
     """Train a LoRA adapter on the modules and merge it into their weights.
 
+    The adapter starts from the same random numbers every time.
+
     Raises:
         ModuleNotFoundError: peft is not installed.
     """
@@ -79,7 +81,9 @@ def lora(
     config = peft.LoraConfig(
         r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=list(modules), bias="none"
     )
-    adapted: Any = peft.get_peft_model(model, config)  # wraps the modules inside `model`
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted: Any = peft.get_peft_model(model, config)  # wraps the modules inside `model`
     try:
         weights = [p for p in adapted.parameters() if p.requires_grad]
         for turn in turns:
