@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ultraedit_kernels.encoding import Sequence
+from ultraedit_kernels.model.encoding import Sequence
 
 EPS = 2.0**-23
 """Added to the standard deviation before dividing."""

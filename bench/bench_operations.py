@@ -19,9 +19,9 @@ from torch import Tensor
 from bench import baselines, eager, machine
 from bench.baselines import Moments
 from bench.conftest import Measure
-from ultraedit_kernels import operations, reference
-from ultraedit_kernels.presets import OUTPUT_PROJECTIONS, PRESETS
-from ultraedit_kernels.statistics import Statistics
+from ultraedit_kernels.model.presets import OUTPUT_PROJECTIONS, PRESETS
+from ultraedit_kernels.ops import operations, reference
+from ultraedit_kernels.ops.statistics import Statistics
 
 RIDGE = 1.0
 

@@ -21,9 +21,9 @@ from bench import baselines, machine
 from bench.bench_operations import relative
 from bench.conftest import Measure, write
 from ultraedit_kernels import Editor, EditRequest
-from ultraedit_kernels.capture import capture
-from ultraedit_kernels.encoding import Sequence, encode
-from ultraedit_kernels.presets import PAPER, PAPER_TURN_SIZE, resolve_modules
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence, encode
+from ultraedit_kernels.model.presets import PAPER, PAPER_TURN_SIZE, resolve_modules
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {

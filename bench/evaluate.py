@@ -20,8 +20,8 @@ Trained models and results are kept in `--dir`; a result is made anew if the cod
 changed. Tables go to bench/results, plots to docs, see `evaluate_report.py`.
 
 All scores are exact match of free greedy generation with stop at the end of sequence, next to
-teacher-forced token accuracy (`ultraedit_kernels/metrics.py`). Test questions are never shown to a
-method. Seeds of worlds that defaults were chosen on (`tuning_seeds`) are not those reported.
+teacher-forced token accuracy (`ultraedit_kernels/evaluation/scores.py`). Test questions are
+never shown to a method. Seeds of worlds that defaults were chosen on (`tuning_seeds`) are not those reported.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ from transformers import logging as transformers_logging
 
 from bench.train_model import answers, fit
 from bench.world import World
-from ultraedit_kernels import Editor, EditRequest, Statistics, comparison, metrics
-from ultraedit_kernels.data import Prompt, load_edits, split_turns
+from ultraedit_kernels import Editor, EditRequest, Statistics
 from ultraedit_kernels.editor import EditOutcome
-from ultraedit_kernels.guards import GuardError
-from ultraedit_kernels.presets import PAPER, resolve_modules
+from ultraedit_kernels.evaluation import baselines as comparison
+from ultraedit_kernels.evaluation import scores as metrics
+from ultraedit_kernels.evaluation.loaders import load_edits, split_turns
+from ultraedit_kernels.method.guards import GuardError
+from ultraedit_kernels.model.presets import PAPER, resolve_modules
+from ultraedit_kernels.model.request import Prompt
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("main", "counterfact", "zsre", "frontier", "lifelong", "ablations")

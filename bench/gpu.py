@@ -22,13 +22,13 @@ from bench import report
 from bench.report import ROOT
 
 PARTS = {
-    "tests": (200, ["tests/kernels", "--ignore=tests/kernels/test_compile.py"]),
+    "tests": (200, ["tests/ops/kernels", "--ignore=tests/ops/kernels/test_compile.py"]),
     "turns": (220, ["bench/bench_turns.py"]),
     "operations": (250, ["bench/bench_operations.py"]),
 }
 """Name → most seconds, what pytest runs; the most important first."""
 
-TINY = {"tests": (200, ["tests/kernels/test_weighting.py"])}
+TINY = {"tests": (200, ["tests/ops/kernels/test_weighting.py"])}
 """Of the kernel tests, those that `--tiny` runs."""
 
 

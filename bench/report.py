@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ultraedit_kernels.presets import PAPER_TURN_SIZE
+from ultraedit_kernels.model.presets import PAPER_TURN_SIZE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"

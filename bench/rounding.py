@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ultraedit_kernels import Editor, EditRequest
-from ultraedit_kernels.operations import rank_k_update_
-from ultraedit_kernels.presets import PAPER
+from ultraedit_kernels.model.presets import PAPER
+from ultraedit_kernels.ops.operations import rank_k_update_
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "bench" / "tiny-facts"

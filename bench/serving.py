@@ -41,7 +41,7 @@ from bench.machine import conditions
 from bench.report import RESULTS, serving_table
 from bench.world import World
 from ultraedit_kernels import EditDelta
-from ultraedit_kernels.delta import LowRank, digest_all
+from ultraedit_kernels.store.delta import LowRank, digest_all
 
 DTYPE = torch.bfloat16
 CONCURRENCY = 16

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.world import World
-from ultraedit_kernels.data import Prompt
-from ultraedit_kernels.encoding import encode, encode_prompt
+from ultraedit_kernels.model.encoding import encode, encode_prompt
+from ultraedit_kernels.model.request import Prompt
 
 BOS, EOS, PAD, USER, ASSISTANT = SPECIAL = (
     "<|bos|>",

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ultraedit_kernels.data import Prompt
+from ultraedit_kernels.model.request import Prompt
 
 FACTS_DIR = Path(__file__).parent / "facts"
 

@@ -1,4 +1,4 @@
-/* See ultraedit_kernels.h. The table of kernels is table.h, written by ultraedit_kernels/aot.py. */
+/* See ultraedit_kernels.h. The table of kernels is table.h, written by ultraedit_kernels/ops/aot.py. */
 #include "ultraedit_kernels.h"
 
 #include <dlfcn.h>

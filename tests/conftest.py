@@ -1,8 +1,8 @@
 """Without a GPU the kernels run in Triton's interpreter, which Triton decides when it is imported.
 
 That must be here, before any test module imports Triton through transformers or vLLM. The variable
-is taken back at once: vLLM's processes would inherit it. `tests/kernels` sets it again for its own
-calls.
+is taken back at once: vLLM's processes would inherit it. `tests/ops/kernels` sets it again for its
+own calls.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
-    import ultraedit_kernels.kernels  # noqa: F401
+    import ultraedit_kernels.ops.kernels  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 

@@ -25,8 +25,8 @@ from ultraedit_kernels import (  # noqa: E402
     comparison,
     presets,
 )
-from ultraedit_kernels.data import load_edits  # noqa: E402
-from ultraedit_kernels.stream import STREAM, load_stream  # noqa: E402
+from ultraedit_kernels.evaluation.loaders import load_edits  # noqa: E402
+from ultraedit_kernels.method.memory import STREAM, load_stream  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "bench" / "tiny-facts"
 TURN_SIZE = 8

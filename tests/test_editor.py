@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 from bench.world import World
 from tests.conftest import BUNDLED
 from ultraedit_kernels import EditDelta, Editor, EditRequest
-from ultraedit_kernels.capture import capture
-from ultraedit_kernels.encoding import encode, encode_prompt
-from ultraedit_kernels.generation import generate
-from ultraedit_kernels.presets import PAPER
-from ultraedit_kernels.shield import shielded
+from ultraedit_kernels.method.shield import shielded
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import encode, encode_prompt
+from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.presets import PAPER
 
 CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
 SYDNEY = EditRequest("The capital of Australia is", "Sydney", rephrases=(CHAT,))
@@ -520,7 +520,7 @@ def test_a_snapshot_that_cannot_be_written_is_made_up_for(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("ultraedit_kernels.journal.Journal.write_snapshot", full)
+        patched.setattr("ultraedit_kernels.store.journal.Journal.write_snapshot", full)
         editor.apply([SYDNEY])
     assert "no snapshot could be written, the next turn tries again: " in caplog.text
     assert editor.version == 1 and editor.oldest == 0

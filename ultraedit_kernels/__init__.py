@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING
 from ultraedit_kernels._version import __version__
 
 if TYPE_CHECKING:
-    from ultraedit_kernels.data import EditRequest
-    from ultraedit_kernels.delta import EditDelta
     from ultraedit_kernels.editor import Editor
-    from ultraedit_kernels.operations import (
+    from ultraedit_kernels.model.request import EditRequest
+    from ultraedit_kernels.ops.operations import (
         edit_values,
         rank_k_update_,
         solve,
         update_statistics,
     )
-    from ultraedit_kernels.statistics import Statistics
+    from ultraedit_kernels.ops.statistics import Statistics
+    from ultraedit_kernels.store.delta import EditDelta
 
 _HOME = {
-    "EditDelta": "delta",
-    "EditRequest": "data",
+    "EditDelta": "store.delta",
+    "EditRequest": "model.request",
     "Editor": "editor",
-    "Statistics": "statistics",
-    "edit_values": "operations",
-    "rank_k_update_": "operations",
-    "solve": "operations",
-    "update_statistics": "operations",
+    "Statistics": "ops.statistics",
+    "edit_values": "ops.operations",
+    "rank_k_update_": "ops.operations",
+    "solve": "ops.operations",
+    "update_statistics": "ops.operations",
 }
 
 __all__ = [

@@ -35,8 +35,8 @@ except ModuleNotFoundError as missing:
 if TYPE_CHECKING:
     import torch
 
-    from ultraedit_kernels.data import EditRequest, Prompt
     from ultraedit_kernels.editor import Editor, EditOutcome, TurnResult
+    from ultraedit_kernels.model.request import EditRequest, Prompt
 
 SHOWN_FAILURES = 10
 SCORES = {
@@ -285,7 +285,7 @@ def evaluate(
 ) -> None:
     """Edit MODEL in memory and score it, after all turns and against the untouched model."""
     _need_transformers()
-    from ultraedit_kernels import metrics
+    from ultraedit_kernels.evaluation import scores as metrics
 
     settings = _settings(published, lr, rounds, margin, anchors, repairs, seed, modules)
     if json_file not in (None, "-"):
@@ -400,7 +400,7 @@ def _settings(
     modules: list[str] | None,
 ) -> dict[str, Any]:
     """Keyword arguments of the Editor; those left out have its defaults."""
-    from ultraedit_kernels.presets import PAPER
+    from ultraedit_kernels.model.presets import PAPER
 
     given: dict[str, Any] = {"lr": lr, "rounds": rounds, "margin": margin}
     given |= {"anchors": anchors, "repairs": repairs}
@@ -443,7 +443,7 @@ def _load(
     from safetensors import SafetensorError
 
     from ultraedit_kernels.editor import Editor
-    from ultraedit_kernels.stream import STREAM
+    from ultraedit_kernels.method.memory import STREAM
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(
@@ -472,7 +472,7 @@ def _load(
 
 
 def _read_edits(file: Path, limit: int | None) -> list[EditRequest]:
-    from ultraedit_kernels.data import load_edits
+    from ultraedit_kernels.evaluation.loaders import load_edits
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -515,8 +515,8 @@ def _progress() -> Iterator[Progress]:
 
 def _make(job: _Job, turn_size: int | None) -> _Made:
     """Make all edits, turn by turn."""
-    from ultraedit_kernels.data import split_turns
-    from ultraedit_kernels.presets import PAPER_TURN_SIZE
+    from ultraedit_kernels.evaluation.loaders import split_turns
+    from ultraedit_kernels.model.presets import PAPER_TURN_SIZE
 
     size = turn_size or PAPER_TURN_SIZE
     parts = list(split_turns(job.requests, size))
@@ -559,7 +559,7 @@ def _names_turn(job: _Job, number: int, part: list[EditRequest]) -> Iterator[Non
 def _save(job: _Job, out: Path) -> None:
     from transformers import GenerationConfig
 
-    from ultraedit_kernels.stream import STREAM
+    from ultraedit_kernels.method.memory import STREAM
 
     # transformers refuses to write some generation settings that models ship with; they go along
     # as they are.
@@ -573,7 +573,7 @@ def _save(job: _Job, out: Path) -> None:
 
 
 def _joined_delta(editor: Editor) -> Any:
-    from ultraedit_kernels.delta import EditDelta
+    from ultraedit_kernels.store.delta import EditDelta
 
     return EditDelta.join([editor.delta(v) for v in range(1, editor.version + 1)])
 
@@ -654,8 +654,8 @@ def _compare(
     job: _Job, turn_size: int, score: Callable[[], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """The best scores of every baseline, and all that were tried."""
-    from ultraedit_kernels import comparison
-    from ultraedit_kernels.data import split_turns
+    from ultraedit_kernels.evaluation import baselines as comparison
+    from ultraedit_kernels.evaluation.loaders import split_turns
 
     turns = list(split_turns(job.requests, turn_size))
     result = {}
@@ -674,7 +674,7 @@ def _evaluate_server(
 ) -> None:
     import transformers
 
-    from ultraedit_kernels import metrics
+    from ultraedit_kernels.evaluation import scores as metrics
 
     requests = _read_edits(edits, limit)
     served = metrics.ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))

@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ultraedit_kernels import checks, guards
-from ultraedit_kernels.algorithm import Settings, Turn, turn
-from ultraedit_kernels.anchors import (
+from ultraedit_kernels.method import guards
+from ultraedit_kernels.method.guards import GuardError
+from ultraedit_kernels.method.memory import load_stream, save_stream
+from ultraedit_kernels.method.protect import (
     HELD_WEIGHT,
     OWN_WEIGHT,
     SAMPLE_TOKENS,
@@ -28,16 +29,16 @@ from ultraedit_kernels.anchors import (
     own_answers,
     own_texts,
 )
-from ultraedit_kernels.data import EditRequest, Prompt, check_turn
-from ultraedit_kernels.delta import EditDelta, digest, digest_all
-from ultraedit_kernels.encoding import Sequence, encode
-from ultraedit_kernels.guards import GuardError
-from ultraedit_kernels.journal import Entry, Journal, Snapshot
-from ultraedit_kernels.parallel import ranks_of, together, weight_of, whole
-from ultraedit_kernels.presets import resolve_modules
-from ultraedit_kernels.statistics import Statistics
-from ultraedit_kernels.stream import load_stream, save_stream
-from ultraedit_kernels.watch import Watch
+from ultraedit_kernels.method.repair import Watch
+from ultraedit_kernels.method.turn import Settings, Turn, turn
+from ultraedit_kernels.model.encoding import Sequence, encode
+from ultraedit_kernels.model.parallel import ranks_of, together, weight_of, whole
+from ultraedit_kernels.model.presets import resolve_modules
+from ultraedit_kernels.model.request import EditRequest, Prompt, check_turn
+from ultraedit_kernels.ops import checks
+from ultraedit_kernels.ops.statistics import Statistics
+from ultraedit_kernels.store.delta import EditDelta, digest, digest_all
+from ultraedit_kernels.store.journal import Entry, Journal, Snapshot
 
 WATCHED_EDITS = 4096
 """Most edits and named prompts that are watched; the oldest are let go."""

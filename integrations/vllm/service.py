@@ -25,11 +25,11 @@ from vllm.logger import init_logger
 from vllm.renderers.chat_utils import load_chat_template
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from ultraedit_kernels.data import EditRequest, check_turn
-from ultraedit_kernels.encoding import encode, encode_prompt
 from ultraedit_kernels.integrations.vllm.engines import ALL, FOLLOWERS, LEADER, Engines
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.worker import OWN_REQUESTS, load_tokenizer
+from ultraedit_kernels.model.encoding import encode, encode_prompt
+from ultraedit_kernels.model.request import EditRequest, check_turn
 
 logger = init_logger("vllm.ultraedit")
 

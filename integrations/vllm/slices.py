@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ultraedit_kernels.parallel import ranks_of
+from ultraedit_kernels.model.parallel import ranks_of
 
 PRIVATE = "record"
 """What the work yields when the rest of it uses nothing that is served, see `Editor.steps`: that

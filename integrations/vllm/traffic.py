@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultraedit_kernels.capture import capture
-from ultraedit_kernels.encoding import Sequence
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence
 
 ROWS_PER_PROMPT = 4
 PROMPT_TOKENS = 64

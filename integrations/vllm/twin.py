@@ -28,7 +28,7 @@ import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ultraedit_kernels.parallel import (
+from ultraedit_kernels.model.parallel import (
     Ranks,
     Shard,
     local_config,
@@ -38,7 +38,7 @@ from ultraedit_kernels.parallel import (
     shard_of,
     weight_of,
 )
-from ultraedit_kernels.presets import resolve_modules
+from ultraedit_kernels.model.presets import resolve_modules
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

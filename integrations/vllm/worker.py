@@ -36,15 +36,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ultraedit_kernels.parallel import RankError, together
+from ultraedit_kernels.model.parallel import RankError, together
 
 if TYPE_CHECKING:
-    from ultraedit_kernels.delta import EditDelta
     from ultraedit_kernels.editor import Editor, TurnResult
     from ultraedit_kernels.integrations.vllm.slices import Slices
     from ultraedit_kernels.integrations.vllm.traffic import Traffic
     from ultraedit_kernels.integrations.vllm.twin import Twin
-    from ultraedit_kernels.statistics import Statistics
+    from ultraedit_kernels.ops.statistics import Statistics
+    from ultraedit_kernels.store.delta import EditDelta
 
 logger = logging.getLogger("vllm.ultraedit")
 
@@ -152,7 +152,7 @@ class UltraEditWorker:
                 build_twin,
                 build_weights,
             )
-            from ultraedit_kernels.stream import STREAM
+            from ultraedit_kernels.method.memory import STREAM
 
             known = [*inspect.signature(Editor).parameters][2:]  # after model and tokenizer
             known = [*known, "traffic"]
@@ -264,7 +264,7 @@ class UltraEditWorker:
         """Edit, on the shadow; the note goes into the version's record. If engines follow, the
         result holds the delta for them. With probes ({"ids", "max_tokens"} each) it is a dry run:
         the result holds the shadow's answers to them, and nothing is left to commit."""
-        from ultraedit_kernels.data import EditRequest
+        from ultraedit_kernels.model.request import EditRequest
 
         requests = [EditRequest.from_dict(edit) for edit in edits]
         return self._ultraedit_work(turn, self._ultraedit_run(requests, probes, note, followed))
@@ -272,7 +272,7 @@ class UltraEditWorker:
     @_rpc
     def ultraedit_apply_delta(self, turn: str, data: bytes) -> dict[str, Any]:
         """Apply a delta file to the shadow."""
-        from ultraedit_kernels.delta import EditDelta
+        from ultraedit_kernels.store.delta import EditDelta
 
         self._ultraedit_require_turn(turn)
         delta = EditDelta.from_bytes(data)
@@ -337,7 +337,7 @@ class UltraEditWorker:
     def ultraedit_read_back(self, turn: str) -> dict[str, Any]:
         """After the commit: work whose result is the live version and digest, see
         `ultraedit_status`."""
-        from ultraedit_kernels.delta import digest_all
+        from ultraedit_kernels.store.delta import digest_all
 
         self._ultraedit_require_turn(turn).work = None
         live, version = self._ultraedit_twin.live, self._ultraedit_live
@@ -383,7 +383,7 @@ class UltraEditWorker:
     def ultraedit_status(self, digest: bool) -> dict[str, Any]:
         """The live version, the journal's newest, whether a turn is under way, how many keys of
         live traffic there are and, if asked for, `Editor.digest` of the weights that are served."""
-        from ultraedit_kernels.delta import digest_all
+        from ultraedit_kernels.store.delta import digest_all
 
         newest = self._ultraedit_require_editor().version
         found = digest_all(self._ultraedit_twin.live) if digest else None
@@ -509,7 +509,7 @@ class UltraEditWorker:
     def _ultraedit_republish(self) -> None:
         """After a load: serve the live version again. Other weights than the checkpoint's, or none
         yet, are left alone, and no turn begins on them."""
-        from ultraedit_kernels.delta import digest_all
+        from ultraedit_kernels.store.delta import digest_all
 
         editor, live = self._ultraedit_require_editor(), self._ultraedit_twin.live
         version = self._ultraedit_live
@@ -558,7 +558,7 @@ class UltraEditWorker:
         return _result(done) | {"digest": editor.history()[-1]["digest"]}
 
     def _ultraedit_answers(self, probes: list[dict[str, Any]]) -> Generator[str, None, list[str]]:
-        from ultraedit_kernels.generation import generate
+        from ultraedit_kernels.model.generation import generate
 
         editor = self._ultraedit_require_editor()
         answers = []

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from bench import baselines, eager
 from bench.baselines import Moments
-from ultraedit_kernels import reference
-from ultraedit_kernels.capture import capture
-from ultraedit_kernels.encoding import Sequence
-from ultraedit_kernels.statistics import Statistics
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.ops import reference
+from ultraedit_kernels.ops.statistics import Statistics
 
 D_IN, D_OUT = 24, 7
 DTYPES = pytest.mark.parametrize(

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAPER_FORMS = {"ours", "eager", "published"}
 BREAK_OURS = """
 import sys, pytest
-from ultraedit_kernels import operations
+from ultraedit_kernels.ops import operations
 solve = operations.solve
 operations.solve = lambda *args, **kwargs: 1.01 * solve(*args, **kwargs)
 sys.exit(pytest.main(sys.argv[1:]))

@@ -12,7 +12,7 @@ from bench import report, serving
 from bench.demo import MODEL
 from bench.world import World
 from ultraedit_kernels import EditDelta
-from ultraedit_kernels.delta import LowRank, digest
+from ultraedit_kernels.store.delta import LowRank, digest
 
 MODULES = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 3)]
 D_OUT, D_IN = 128, 384

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 
 from bench.world import FACTS_DIR, World  # noqa: E402
-from ultraedit_kernels.data import EditRequest  # noqa: E402
+from ultraedit_kernels.model.request import EditRequest  # noqa: E402
 
 MODEL = ROOT / "bench" / "tiny-facts"
 EARTH = World.earth()
@@ -176,7 +176,7 @@ def test_bundled_model_knows_its_facts_in_phrasings_it_never_saw() -> None:
 
 def test_answer_has_the_same_tokens_in_text_and_chat() -> None:
     transformers = pytest.importorskip("transformers")
-    from ultraedit_kernels.encoding import encode
+    from ultraedit_kernels.model.encoding import encode
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     chat = [{"role": "user", "content": "What is the capital of Australia?"}]

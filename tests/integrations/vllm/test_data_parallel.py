@@ -122,17 +122,17 @@ def test_what_two_engines_wrote_is_continued_by_one_process(server: Server, tmp_
 EDITOR = "ultraedit_kernels.editor:Editor"
 STEPS = {
     "begin": ("ultraedit_kernels.integrations.vllm.worker:_Turn", 1),
-    "update": ("ultraedit_kernels.delta:LowRank.apply", 1),
-    "guard": ("ultraedit_kernels.guards:check_change", 1),
+    "update": ("ultraedit_kernels.store.delta:LowRank.apply", 1),
+    "guard": ("ultraedit_kernels.method.guards:check_change", 1),
     "record": (f"{EDITOR}.digest", 1),
-    "entry": ("ultraedit_kernels.journal:Entry.cpu", 1),
-    "append": ("ultraedit_kernels.journal:Journal.append+", 1),
+    "entry": ("ultraedit_kernels.store.journal:Entry.cpu", 1),
+    "append": ("ultraedit_kernels.store.journal:Journal.append+", 1),
     "publish": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish", 1),
     "published": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish+", 1),
 }
 WRITING = {  # the first engine's alone
-    "solve": ("ultraedit_kernels.shield:System.solve", 1),
-    "write": ("ultraedit_kernels.journal:Journal._write", 1),
+    "solve": ("ultraedit_kernels.method.shield:System.solve", 1),
+    "write": ("ultraedit_kernels.store.journal:Journal._write", 1),
 }
 FAULTS = [(step, engine) for step in STEPS for engine in (0, 1)]
 FAULTS += [(step, 0) for step in WRITING]

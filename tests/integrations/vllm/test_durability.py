@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from bench.world import World
-from ultraedit_kernels import journal
+from ultraedit_kernels.store import journal
 
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 pytestmark = pytest.mark.vllm

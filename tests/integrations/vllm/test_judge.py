@@ -10,7 +10,7 @@ import pytest
 
 from bench.world import World
 from ultraedit_kernels import EditRequest, cli
-from ultraedit_kernels.metrics import ServedModel, evaluate, record_locality
+from ultraedit_kernels.evaluation.scores import ServedModel, evaluate, record_locality
 
 pytestmark = pytest.mark.vllm
 

@@ -129,11 +129,11 @@ def test_what_the_stages_wrote_is_continued_by_one_process(
 @pytest.mark.parametrize(
     "where",
     [
-        "ultraedit_kernels.delta:EditDelta.from_bytes",
-        "ultraedit_kernels.delta:LowRank.apply",
-        "ultraedit_kernels.guards:check_change",
+        "ultraedit_kernels.store.delta:EditDelta.from_bytes",
+        "ultraedit_kernels.store.delta:LowRank.apply",
+        "ultraedit_kernels.method.guards:check_change",
         "ultraedit_kernels.editor:Editor.digest",
-        "ultraedit_kernels.journal:Entry.cpu",
+        "ultraedit_kernels.store.journal:Entry.cpu",
         "ultraedit_kernels.integrations.vllm.twin:Twin.publish",
         "ultraedit_kernels.integrations.vllm.twin:Twin.publish+",
     ],

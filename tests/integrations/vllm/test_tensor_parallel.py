@@ -32,7 +32,7 @@ from tests.integrations.vllm.ranks import (
     with_ranks,
 )
 from ultraedit_kernels import EditDelta, Editor, EditRequest
-from ultraedit_kernels.delta import digest_all
+from ultraedit_kernels.store.delta import digest_all
 
 pytestmark = pytest.mark.vllm
 
@@ -144,28 +144,28 @@ def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> Non
 
 
 WORKER = "ultraedit_kernels.integrations.vllm.worker"
-PARALLEL = "ultraedit_kernels.parallel:Ranks"
+PARALLEL = "ultraedit_kernels.model.parallel:Ranks"
 EDITOR = "ultraedit_kernels.editor"
 STEPS = {
     "begin": (f"{WORKER}:_Turn", 1),
-    "edit": ("ultraedit_kernels.data:EditRequest.from_dict", 1),
+    "edit": ("ultraedit_kernels.evaluation.loaders:EditRequest.from_dict", 1),
     "embedding": (f"{PARALLEL}.all_reduce", 1),
     "forward": (f"{PARALLEL}.all_reduce", 5),
     "logits": (f"{PARALLEL}.all_gather", 1),
     "later": (f"{PARALLEL}.all_reduce", 40),
     "gathered": (f"{PARALLEL}.all_gather+", 2),
-    "solve": ("ultraedit_kernels.shield:System.solve", 1),
-    "update": ("ultraedit_kernels.delta:LowRank.apply", 1),
-    "guard": ("ultraedit_kernels.guards:check_change", 1),
+    "solve": ("ultraedit_kernels.method.shield:System.solve", 1),
+    "update": ("ultraedit_kernels.store.delta:LowRank.apply", 1),
+    "guard": ("ultraedit_kernels.method.guards:check_change", 1),
     "record": (f"{EDITOR}:Editor.digest", 1),
-    "entry": ("ultraedit_kernels.journal:Entry.cpu", 1),
+    "entry": ("ultraedit_kernels.store.journal:Entry.cpu", 1),
     "publish": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish", 1),
     "published": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish+", 1),
 }
 WRITING = {  # the first rank's alone
-    "lock": ("ultraedit_kernels.journal:Journal.append", 1),
-    "write": ("ultraedit_kernels.journal:Journal._write", 1),
-    "sync": ("ultraedit_kernels.journal:_sync", 1),
+    "lock": ("ultraedit_kernels.store.journal:Journal.append", 1),
+    "write": ("ultraedit_kernels.store.journal:Journal._write", 1),
+    "sync": ("ultraedit_kernels.store.journal:_sync", 1),
 }
 FAULTS = [(step, rank) for step in STEPS for rank in (0, 1)] + [(step, 0) for step in WRITING]
 

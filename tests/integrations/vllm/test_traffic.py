@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ultraedit_kernels import Editor, EditRequest
-from ultraedit_kernels.capture import capture
-from ultraedit_kernels.encoding import Sequence
 from ultraedit_kernels.integrations.vllm import traffic as module
 from ultraedit_kernels.integrations.vllm.traffic import PROMPT_TOKENS, ROWS_PER_PROMPT, Traffic
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence
 
 NAME = "model.layers.2.mlp.down_proj"
 QUESTIONS = [f"The capital of {land} is" for land in ("France", "Italy", "Spain", "Japan", "Peru")]

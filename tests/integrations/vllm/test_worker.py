@@ -28,7 +28,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ultraedit_kernels import Editor, EditRequest
-    from ultraedit_kernels.stream import STREAM
+    from ultraedit_kernels.method.memory import STREAM
 
     folder = tmp_path_factory.mktemp("worker")
     checkpoint, state_dir = folder / "checkpoint", folder / "state"

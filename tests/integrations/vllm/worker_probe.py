@@ -25,7 +25,7 @@ from twin_probe import own_text
 from vllm import LLM, SamplingParams
 
 from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
-from ultraedit_kernels.stream import STREAM
+from ultraedit_kernels.method.memory import STREAM
 
 EDIT = {"prompt": "The capital of Australia is", "target": "Sydney"}
 SECOND = {"prompt": "The capital of Japan is", "target": "Osaka"}

@@ -1,0 +1,211 @@
+"""The suffix-only side pass equals the naive full backward pass."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence
+
+transformers = pytest.importorskip("transformers")
+
+COMMON = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, head_dim=8,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+FAMILIES = {
+    "llama": ("LlamaConfig", {}, "model.layers.{}.", GATED),
+    "mistral-sliding": ("MistralConfig", {"sliding_window": 5}, "model.layers.{}.", GATED),
+    "qwen2": ("Qwen2Config", {}, "model.layers.{}.", GATED),
+    "qwen3": ("Qwen3Config", {}, "model.layers.{}.", GATED),
+    "phi3": ("Phi3Config", {"sliding_window": None}, "model.layers.{}.",
+             ("mlp.gate_up_proj", "mlp.down_proj")),
+    "gemma2": ("Gemma2Config", {"sliding_window": 5, "query_pre_attn_scalar": 8},
+               "model.layers.{}.", GATED),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 5, "query_pre_attn_scalar": 8},
+               "model.layers.{}.", GATED),
+    "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64,
+                            "rotary_dim": 4}, "transformer.h.{}.", ("mlp.fc_in", "mlp.fc_out")),
+}  # fmt: skip
+# mixed lengths: a prompt of one token (no prefix), long and short prompts, targets of 1 to 6 tokens
+LENGTHS = [(1, 3), (13, 1), (7, 6), (2, 2), (20, 4)]
+
+
+def make_model(family: str, dtype: torch.dtype, attention: str = "sdpa"):
+    name, options, prefix, parts = FAMILIES[family]
+    torch.manual_seed(0)
+    if family == "gptj":
+        attention = "eager"
+        config = transformers.GPTJConfig(
+            **{k: v for k, v in COMMON.items() if k in ("vocab_size", "pad_token_id")},
+            **options, attn_implementation=attention,
+        )  # fmt: skip
+    else:
+        config = getattr(transformers, name)(**COMMON, **options, attn_implementation=attention)
+    config.initializer_range = 0.2
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    modules = [prefix.format(layer) + part for layer in (1, 2) for part in parts]
+    return model, modules
+
+
+def make_sequences(seed: int = 0) -> list[Sequence]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(3, 97, (n,), generator=generator).tolist()
+
+    return [Sequence(tokens(p), tokens(t)) for p, t in LENGTHS]
+
+
+def naive(model, sequences, modules):
+    """Full forward and backward of every sequence by itself, all positions, all logits."""
+    total = sum(len(s.target_ids) for s in sequences)
+    keys = {m: [] for m in modules}
+    grads = {m: [] for m in modules}
+    losses, margins = [], []
+    for s in sequences:
+        seen = {}
+
+        def read(name, seen=seen):
+            def hook(_module, args, output):
+                output.retain_grad()
+                seen[name] = (args[0], output)
+
+            return hook
+
+        handles = [model.get_submodule(m).register_forward_hook(read(m)) for m in modules]
+        ids = torch.tensor([s.prompt_ids + s.target_ids[:-1]])
+        logits = model(input_ids=ids).logits[0, len(s.prompt_ids) - 1 :]
+        labels = torch.tensor(s.target_ids)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        (loss.sum() / total).backward()
+        for handle in handles:
+            handle.remove()
+        for m in modules:
+            h, y = seen[m]
+            keys[m].append(h[0, len(s.prompt_ids) - 1 :].detach())
+            grads[m].append(y.grad[0, len(s.prompt_ids) - 1 :])
+        losses.append(loss.detach())
+        others = logits.detach().scatter(1, labels[:, None], float("-inf")).amax(1)
+        margins.append(logits.detach().gather(1, labels[:, None])[:, 0] - others)
+    cat = {m: torch.cat(v) for m, v in keys.items()}, {m: torch.cat(v) for m, v in grads.items()}
+    return *cat, torch.cat(losses), torch.cat(margins)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+class DoubleTorch:
+    """torch, but float32 is float64: for code that casts to float32 by itself."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_full_backward(family, dtype, tolerance, monkeypatch):
+    if family == "gptj" and dtype == torch.float64:
+        # Its attention and head are float32 in a float64 model, which would limit this to 2e-8.
+        modeling = importlib.import_module("transformers.models.gptj.modeling_gptj")
+        monkeypatch.setattr(modeling, "torch", DoubleTorch())
+    model, modules = make_model(family, dtype)
+    sequences = make_sequences()
+    got = capture(model, sequences, modules)
+    model.eval()
+    keys, grads, loss, margin = naive(model, sequences, modules)
+    for m in modules:
+        assert got.keys[m].dtype == got.grads[m].dtype == dtype
+        assert relative(got.keys[m], keys[m]) <= tolerance, m
+        assert relative(got.grads[m], grads[m]) <= tolerance, m
+    assert relative(got.loss, loss) <= tolerance
+    assert relative(got.margin, margin) <= tolerance
+    assert got.owner.tolist() == [i for i, (_, t) in enumerate(LENGTHS) for _ in range(t)]
+    without = capture(model, sequences, modules, backward=False)  # in one pass
+    for m in modules:
+        assert relative(without.keys[m], keys[m]) <= tolerance, m
+    assert relative(without.margin, margin) <= tolerance
+    assert torch.equal(without.owner, got.owner) and torch.equal(without.rival, got.rival)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2"])
+def test_equals_full_backward_with_eager_attention(family):
+    """Eager attention makes NaN of a fully masked row in float64; Gemma-2 needs it."""
+    model, modules = make_model(family, torch.float64, "eager")
+    got = capture(model, make_sequences(1), modules)
+    _, grads, loss, _ = naive(model.eval(), make_sequences(1), modules)
+    assert relative(got.loss, loss) <= 1e-6  # its softmax is in float32
+    for m in modules:
+        assert relative(got.grads[m], grads[m]) <= 1e-5
+
+
+def test_model_is_left_as_found():
+    model, modules = make_model("llama", torch.float32)
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    capture(model, make_sequences(), modules)
+    broken = [Sequence([5], [96, 200])]  # a token beyond the vocabulary
+    with pytest.raises((IndexError, RuntimeError)):
+        capture(model, broken, modules)
+    assert all(m.training for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_works_inside_inference_mode_and_without_gradients():
+    model, modules = make_model("llama", torch.float32)
+    expected = capture(model, make_sequences(), modules)
+    with torch.inference_mode():
+        inside = capture(model, make_sequences(), modules)
+    without = capture(model, make_sequences(), modules, backward=False)
+    for m in modules:
+        assert torch.equal(inside.grads[m], expected.grads[m])
+    assert without.grads == {}
+
+
+def test_only_answer_positions_reach_the_output_head():
+    model, modules = make_model("qwen2", torch.float32)
+    rows = []
+    handle = model.lm_head.register_forward_hook(lambda _m, _a, out: rows.append(out.shape))
+    capture(model, make_sequences(), modules)
+    handle.remove()
+    assert rows == [(1, sum(t for _, t in LENGTHS), 97)]
+
+
+@pytest.mark.parametrize(
+    "dtype, grad_dtype", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_half_precision_gradients_do_not_underflow(dtype, grad_dtype):
+    model, modules = make_model("llama", torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-4)  # gradients of about 1e-7
+    expected = capture(model, make_sequences(), modules)
+    half = capture(model.to(dtype), make_sequences(), modules)
+    for m in modules:
+        assert half.grads[m].dtype == grad_dtype
+        assert relative(half.grads[m], expected.grads[m]) < 0.1
+
+
+@pytest.mark.parametrize(
+    "sequences, message",
+    [
+        ([], "no sequences"),
+        ([Sequence([], [3])], "0 prompt and 1 target"),
+        ([Sequence([3], [])], "1 prompt and 0 target"),
+        ([Sequence([3] * 64, [4, 5])], "65 tokens, expected at most the model's 64"),
+    ],
+)
+def test_bad_sequences_are_refused(sequences, message):
+    model, modules = make_model("llama", torch.float32)
+    with pytest.raises(ValueError, match=message):
+        capture(model, sequences, modules)

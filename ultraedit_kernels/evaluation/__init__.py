@@ -1,0 +1,1 @@
+"""How well edits do: published edit sets, scores, and the methods that ours is compared with."""

@@ -1,0 +1,219 @@
+"""Guards: what a turn must pass before its weights may be served.
+
+They look at the finished turn, on weights that nobody is served yet. A turn that does not pass
+raises GuardError, and leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt
+from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.parallel import ShardedWeight
+from ultraedit_kernels.model.request import Prompt
+from ultraedit_kernels.ops import checks
+from ultraedit_kernels.store.delta import EditDelta
+
+MAX_CHANGE = 2.0
+"""Most that a turn may change a weight: ‖W - W_start‖ / ‖W_start‖, Frobenius norms. On the bundled
+model, whose weights are small for what they hold, turns of one edit changed at most 0.26, of 20
+edits 0.72, of 100 edits 1.44; a step size out of place, 6.8 and 22."""
+MAX_LOST = 0.1
+"""Most of the model's own texts that a turn may make it continue otherwise, as a share. There, the
+same turns of edits that hold lost at most 0.015, the others 0.71 and 1."""
+OWN_TEXTS = 128
+"""Of the model's own texts, how many are looked at."""
+MAX_ROWS = 2**16
+"""Rows of a delta's factors, per module. A turn has one per answer token and round."""
+SHOWN_TOKENS = 16
+
+logger = logging.getLogger(__name__)
+
+
+class GuardError(ValueError):
+    """A turn that must not be served: which guard stopped it, what it measured, and its limit."""
+
+    def __init__(self, guard: str, got: float, limit: float, message: str) -> None:
+        super().__init__(f"the turn was rejected, nothing is changed: {message}")
+        self.guard, self.got, self.limit, self.reason = guard, got, limit, message
+
+
+@dataclass
+class Canary:
+    """A prompt whose answer no turn may change, as an operator gives it."""
+
+    prompt: Prompt
+    answer: str | None = None
+    """What greedy decoding must begin with."""
+    max_kl: float | None = None
+    """Most that the distribution of the next token may move, KL(untouched ‖ edited) in nats."""
+    reference: Tensor | None = field(default=None, repr=False, compare=False)
+    """Log-probabilities [vocabulary] that the untouched model gives to the next token."""
+
+
+def load_canaries(given: str | Path | Seq[Mapping[str, Any]]) -> list[Canary]:
+    """Canaries from a list of {"prompt", "answer"} or {"prompt", "max_kl"}, or a JSON file of one.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    if isinstance(given, (str, Path)):
+        try:
+            given = json.loads(Path(given).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"canaries: {given} cannot be read ({error}), expected a JSON list"
+            ) from error
+    if not isinstance(given, (list, tuple)):
+        raise ValueError(f"canaries are a {type(given).__name__}, expected a list")
+    canaries = []
+    for i, one in enumerate(given):
+        fields = set(one) if isinstance(one, Mapping) else set()
+        if fields not in ({"prompt", "answer"}, {"prompt", "max_kl"}):
+            raise ValueError(
+                f'canary {i} is {one!r}, expected {{"prompt", "answer"}} or {{"prompt", "max_kl"}}'
+            )
+        canary = Canary(**one)
+        if canary.max_kl is not None:
+            checks.positive(f"canary {i}: max_kl", canary.max_kl)
+        elif not isinstance(canary.answer, str) or not canary.answer.strip():
+            raise ValueError(f"canary {i}: answer is {canary.answer!r}, expected a text")
+        canaries.append(canary)
+    return canaries
+
+
+def check_delta(delta: EditDelta, weights: Mapping[str, Tensor]) -> None:
+    """Raise GuardError for a delta that is too large, ValueError for one of other shapes."""
+    for name, factor in delta.factors.items():
+        if len(factor.keys) > MAX_ROWS:
+            message = f"the delta of {name} has {len(factor.keys)} rows, the limit is {MAX_ROWS}"
+            raise GuardError("rows", len(factor.keys), MAX_ROWS, message)
+        got = (factor.coeff.shape[1], factor.keys.shape[1])
+        if got != tuple(weights[name].shape):
+            raise ValueError(
+                f"the delta of {name} is for a weight of shape {got}, expected "
+                f"{tuple(weights[name].shape)}; it belongs to another model"
+            )
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raise GuardError unless all numbers are finite."""
+    try:
+        checks.finite(**tensors)
+    except ValueError as error:
+        raise GuardError("finite", float("nan"), float("inf"), str(error)) from error
+
+
+def check_change(name: str, weight: Tensor, start: Tensor, limit: float) -> float:
+    """How far a weight [d_out, d_in] has moved in the turn; GuardError beyond the limit."""
+    change = relative_change(weight, start)
+    if not change <= limit:
+        raise GuardError(
+            "max_change",
+            change,
+            limit,
+            f"it changes {name} by {change:.3g} of its norm, the limit (max_change) is {limit:.3g};"
+            " make fewer edits at once, or other ones: these contradict each other or the model",
+        )
+    return change
+
+
+def relative_change(weight: Tensor, start: Tensor) -> float:
+    """‖W - W_start‖ / ‖W_start‖, Frobenius norms; 0 of no change, infinite from a zero weight."""
+    if isinstance(weight, ShardedWeight):
+        ranks, weight, start = weight.shard.ranks, weight.local, getattr(start, "local", start)
+    else:
+        ranks = None
+    squares = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    for now, before in zip(weight.split(256), start.split(256), strict=True):
+        wide = before.to(weight.device).double()
+        squares += torch.stack([(now.double() - wide).square().sum(), wide.square().sum()])
+    moved, norm = (squares if ranks is None else ranks.all_reduce(squares)).sqrt().tolist()
+    return moved / norm if norm else float("inf") if moved else 0.0
+
+
+def share_lost(
+    model: nn.Module, texts: Seq[Sequence], modules: Seq[str], batch_size: int
+) -> Generator[str, None, float]:
+    """Share of texts, of which the model was sure, whose greedy choice is another at some token."""
+    lost = 0
+    for i in range(0, len(texts), batch_size):
+        captured = capture(model, texts[i : i + batch_size], modules, backward=False)
+        lost += len(captured.owner[~(captured.margin > 0)].unique())
+        yield "capture"
+    return lost / len(texts) if texts else 0.0
+
+
+def check_lost(lost: float, before: float, limit: float) -> None:
+    """Raise GuardError if a turn has lost too many of the model's own texts."""
+    if not lost - before <= limit:
+        raise GuardError(
+            "max_lost",
+            lost - before,
+            limit,
+            f"the model goes on otherwise in {lost - before:.0%} more of {OWN_TEXTS} texts of its "
+            f"own, the limit (max_lost) is {limit:.0%}; make fewer edits at once, or with other "
+            "prompts",
+        )
+
+
+def note_references(model: nn.Module, tokenizer: Any, canaries: Seq[Canary]) -> None:
+    """Keep what the untouched model says, for canaries with a KL limit."""
+    for canary in canaries:
+        if canary.max_kl is not None:
+            canary.reference = _next_token(model, tokenizer, canary.prompt)
+
+
+def check_canaries(
+    model: nn.Module, tokenizer: Any, modules: Seq[str], canaries: Seq[Canary]
+) -> Generator[str, None, None]:
+    """Raise GuardError for the first canary that does not hold."""
+    for i, canary in enumerate(canaries):
+        if canary.answer is None:
+            assert canary.reference is not None and canary.max_kl is not None
+            now = _next_token(model, tokenizer, canary.prompt)
+            kl = float((canary.reference.exp() * (canary.reference - now)).nansum())
+            if not kl <= canary.max_kl:
+                raise GuardError(
+                    f"canaries[{i}]",
+                    kl,
+                    canary.max_kl,
+                    f"what follows canary {i}, {canary.prompt!r}, has a KL divergence of {kl:.3g} "
+                    f"nats from the untouched model's, the limit is {canary.max_kl:.3g}",
+                )
+        else:
+            asked = encode(tokenizer, canary.prompt, canary.answer, append_eos=False)
+            captured = capture(model, [asked], modules, backward=False)
+            lead = float(captured.margin.min())
+            if not lead > 0:
+                ids = [asked.prompt_ids]
+                (said,) = generate(model, tokenizer, ids, max_new_tokens=SHOWN_TOKENS)
+                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                raise GuardError(
+                    f"canaries[{i}]",
+                    lead,
+                    0.0,
+                    f"canary {i}, {canary.prompt!r}, is answered by {text!r}, expected "
+                    f"{canary.answer!r}",
+                )
+        yield "capture"
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _next_token(model: nn.Module, tokenizer: Any, prompt: Prompt) -> Tensor:
+    """Log-probabilities of the next token, [vocabulary] float32 on the CPU."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
+    return model(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1).cpu()

@@ -1,0 +1,84 @@
+"""Shields: what anchors take from every key and every value, as a low-rank projection.
+
+An anchor is a row of H with value zero in the ridge system. All that the others see of anchors
+A [m, d] is Aᵀ(AAᵀ + λI)⁻¹A = BᵀB. The shield B has at most as many rows as is wanted, however many
+anchors there are, and stays when the anchors are gone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ultraedit_kernels.ops import operations
+from ultraedit_kernels.ops.torch_backend import cholesky, solve_gram
+
+
+def sketch(rows: Tensor, limit: int) -> Tensor:
+    """At most `limit` rows B with BᵀB ≈ AᵀA, all that a ridge system sees of anchors A [m, d].
+
+    The best approximation of that rank; exact if `limit` is at least the rank of A.
+    """
+    limit = min(limit, rows.shape[1])
+    if len(rows) <= limit:
+        return rows
+    wide = rows.double()
+    if limit == rows.shape[1]:  # nothing to drop
+        return torch.linalg.qr(wide, mode="r").R.to(rows.dtype).contiguous()
+    if len(rows) > rows.shape[1]:
+        squares, directions = torch.linalg.eigh(wide.T @ wide)
+        best = squares.clamp_min(0).sqrt()[:, None] * directions.T
+    else:
+        squares, directions = torch.linalg.eigh(wide @ wide.T)
+        best = directions.T @ wide
+    return best[-limit:].to(rows.dtype)
+
+
+def extend_shield(shield: Tensor, anchors: Tensor, ridge: float, limit: int) -> Tensor:
+    """Add anchors A [k, d] to a shield B [m, d], float64; an empty B is no anchors.
+
+    Rows are added by one step of a block Cholesky; beyond `limit` the weakest directions are
+    dropped.
+    """
+    a = anchors.double()
+    seen = a @ shield.T
+    free = a - seen @ shield
+    gram = a @ free.T
+    gram.diagonal().add_(ridge)
+    rows = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), free, upper=False)
+    return sketch(torch.cat([shield, rows]), limit)
+
+
+def shielded(rows: Tensor, shield: Tensor) -> Tensor:
+    """Rows X [n, d] without what the anchors take: X(I - BᵀB), in the dtype of X."""
+    b = shield.to(rows.dtype)
+    return rows - (rows @ b.T) @ b
+
+
+class System:
+    """The ridge system of keys H [n, d_in] beside a shield B, to be solved for several values.
+
+    As `operations.solve` with anchors, but n × n: the anchors' values are zero, so their
+    coefficients follow from the others. Without them, Y = (H̃Hᵀ + λI)⁻¹V and ΔW = YᵀH̃ with the
+    shielded keys H̃ = H(I - BᵀB).
+    """
+
+    keys: Tensor
+    """H̃ [n, d_in]; without a shield, the keys themselves."""
+
+    def __init__(self, keys: Tensor, ridge: float, shield: Tensor) -> None:
+        self._ridge, self._shielded = ridge, len(shield) > 0
+        if not self._shielded:
+            self.keys = keys
+            return
+        h = keys.double()
+        rest = h - (h @ shield.T) @ shield
+        self._gram = rest @ h.T
+        self._factor = cholesky(self._gram, ridge)
+        self.keys = rest.to(torch.promote_types(keys.dtype, torch.float32))
+
+    def solve(self, values: Tensor) -> Tensor:
+        """Y [n, d_out] for values [n, d_out]; float64 if they are, else float32."""
+        if not self._shielded:
+            return operations.solve(self.keys, values, self._ridge)
+        return solve_gram(self._gram, values, self._ridge, self._factor)

@@ -1,0 +1,282 @@
+"""The side pass: keys, gradients and losses at the answer positions, from a short graph.
+
+In a causal model an output can influence the loss only at its own and later positions, and the
+answer positions end the sequence. So the prompt but for its last token runs once without autograd
+into a KV cache, and only the answer positions run with it, from the first edited module upward.
+The gradients equal those of the full backward pass exactly (UltraEdit, arXiv 2505.14679, §3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.model.parallel import shard_of
+
+LOSS_SCALE = 2.0**12
+"""Gradients of a mean loss underflow in float16; they are scaled up for the backward pass, and back
+in float32."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One capture batch; its n rows are the answer positions, sequence after sequence."""
+
+    keys: dict[str, Tensor]
+    """Per module [n, d_in], in the model's dtype."""
+    grads: dict[str, Tensor]
+    """Per module [n, d_out], in the model's dtype (float16: float32): gradient of the objective
+    averaged over the n answer tokens. Empty when captured without gradients."""
+    owner: Tensor
+    """[n] int64: index of the sequence in the batch."""
+    loss: Tensor
+    """[n] cross entropy of the target token, nats."""
+    objective: Tensor
+    """[n] the same with the target's logit lowered by the wanted margin: what `grads` belong to."""
+    margin: Tensor
+    """[n] logit of the target token minus the best other one; above 0 it is the greedy choice."""
+    labels: Tensor
+    """[n] int64: the target token."""
+    rival: Tensor
+    """[n] int64: the best other token; the greedy choice where the margin is below 0."""
+
+
+def capture(
+    model: nn.Module,
+    sequences: Seq[Sequence],
+    modules: Seq[str],
+    *,
+    backward: bool = True,
+    margin: float | Seq[float] = 0.0,
+) -> Captured:
+    """Run one batch of sequences and read the named modules at the answer positions.
+
+    Args:
+        model: a Hugging Face causal language model. Left as found: no hooks, same flags.
+        sequences: prompts and targets as token ids, mixed lengths, each with at least one token.
+        modules: dotted names of `nn.Linear` modules. If they are divided among ranks, all ranks
+            call this with the same arguments, and all get the same whole keys and gradients.
+        backward: also compute the gradients.
+        margin: logits by which the target token must lead, one number or one per sequence. It is
+            taken from the target's logit before the cross entropy, which then pulls until the lead
+            is there; 0 is the paper.
+
+    Raises:
+        ValueError: empty batch, prompt or target; longer than the model's positions.
+    """
+    _check(model, sequences)
+    with torch.inference_mode(False), evaluation_mode(model), _frozen(model):
+        return _capture(model, sequences, modules, backward, margin)
+
+
+def _capture(
+    model: Any,
+    sequences: Seq[Sequence],
+    modules: Seq[str],
+    backward: bool,
+    margin: float | Seq[float],
+) -> Captured:
+    batch = _pad(sequences, model.get_input_embeddings().weight.device, backward)
+    prefix, answer = batch.prefix_ids.shape[1], batch.answer_ids.shape[1]
+    columns = torch.arange(prefix + answer, device=batch.gap.device)
+    reader = _Reader(batch.answer)
+    with reader.attached(model, modules):
+        past = _prefill(model, batch) if prefix else None
+        with torch.set_grad_enabled(backward), reader.reading():
+            logits = model(
+                input_ids=batch.answer_ids,
+                attention_mask=(columns >= batch.gap[:, None]).long(),
+                position_ids=columns[prefix:] - batch.gap[:, None],
+                past_key_values=past,
+                use_cache=past is not None,
+            ).logits[0]
+            if logits.dtype in (torch.float16, torch.bfloat16):
+                logits = logits.float()
+            wanted = torch.as_tensor(margin, dtype=logits.dtype, device=logits.device)
+            wanted = wanted.expand(len(sequences))[batch.owner]
+            handicap = torch.zeros_like(logits).scatter_(1, batch.labels[:, None], wanted[:, None])
+            objective = F.cross_entropy(logits - handicap, batch.labels, reduction="none")
+        grads: dict[str, Tensor] = {}
+        if backward:
+            outputs = list(reader.outputs.values())
+            half = outputs[0].dtype == torch.float16
+            loss = objective.mean() * (LOSS_SCALE if half else 1.0)
+            for name, g in zip(reader.outputs, torch.autograd.grad(loss, outputs), strict=True):
+                g = g[batch.answer]
+                grads[name] = g.float().div_(LOSS_SCALE) if half else g
+        for name in modules:
+            if (shard := shard_of(model.get_submodule(name))) is not None:
+                reader.keys[name] = shard.whole(reader.keys[name], 1)
+                if backward:
+                    grads[name] = shard.whole(grads[name], 0)
+    logits = logits.detach()
+    top = logits.topk(2, dim=-1)
+    target = logits.gather(1, batch.labels[:, None]).squeeze(1)
+    other = (top.indices[:, :1] == batch.labels[:, None]).long()  # the second, if the target is top
+    loss = F.cross_entropy(logits, batch.labels, reduction="none")
+    return Captured(
+        reader.keys,
+        grads,
+        batch.owner,
+        loss,
+        objective.detach(),
+        target - top.values.gather(1, other).squeeze(1),
+        batch.labels,
+        top.indices.gather(1, other).squeeze(1),
+    )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prefixes and answers of a batch; `gap` columns of padding precede each row's prefix.
+
+    Without a graph to keep short there are no prefixes, and the answers are whole sequences.
+    """
+
+    prefix_ids: Tensor  # [batch, prefix], padded on the right
+    answer_ids: Tensor  # [batch, answer], padded on the right
+    gap: Tensor  # [batch]: columns of prefix padding
+    answer: Tensor  # [batch, answer] bool: where a target token is predicted
+    labels: Tensor  # [n]
+    owner: Tensor  # [n]
+
+
+def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
+    def padded(rows: list[list[int]]) -> Tensor:
+        width = max(len(row) for row in rows)
+        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+    rows = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
+    first = torch.tensor([len(s.prompt_ids) - 1 for s in sequences], device=device)
+    targets = torch.tensor([len(s.target_ids) for s in sequences], device=device)
+    prefixes = first if split else torch.zeros_like(first)
+    cuts = prefixes.tolist()
+    answer_ids = padded([row[cut:] for row, cut in zip(rows, cuts, strict=True)])
+    columns = torch.arange(answer_ids.shape[1], device=device) + prefixes[:, None]
+    return _Batch(
+        prefix_ids=padded([row[:cut] for row, cut in zip(rows, cuts, strict=True)]),
+        answer_ids=answer_ids,
+        gap=prefixes.max() - prefixes,
+        answer=(columns >= first[:, None]) & (columns < (first + targets)[:, None]),
+        labels=torch.tensor([t for s in sequences for t in s.target_ids], device=device),
+        owner=torch.arange(len(sequences), device=device).repeat_interleave(targets),
+    )
+
+
+@torch.no_grad()
+def _prefill(model: Any, batch: _Batch) -> Any:
+    """The prefixes' KV cache, moved right so that all prefixes end in the last column.
+
+    Padding on the right needs no mask, since no real token can see it; masked rows would give NaN
+    in some attention kernels. Moved, distances are true again for sliding windows, whose layers
+    keep everything here: the mask does the sliding.
+    """
+    from transformers import DynamicCache
+
+    past = DynamicCache()
+    model.base_model(input_ids=batch.prefix_ids, past_key_values=past, use_cache=True)
+    columns = torch.arange(batch.prefix_ids.shape[1], device=batch.gap.device)
+    source = (columns - batch.gap[:, None]) % len(columns)
+    for layer in past.layers:
+        index = source[:, None, :, None].expand_as(layer.keys)
+        layer.keys = layer.keys.gather(2, index)
+        index = source[:, None, :, None].expand_as(layer.values)
+        layer.values = layer.values.gather(2, index)
+    return past
+
+
+class _Reader:
+    """The one owner of hooks: reads the edited modules and trims the output head's work."""
+
+    def __init__(self, answer: Tensor) -> None:
+        self.answer = answer
+        self.keys: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self._active = False
+
+    @contextmanager
+    def attached(self, model: Any, modules: Seq[str]) -> Iterator[None]:
+        handles = []
+        try:
+            for name in modules:
+                handles.append(model.get_submodule(name).register_forward_hook(self._read(name)))
+            head = model.get_output_embeddings()
+            handles.append(head.register_forward_pre_hook(self._only_answers))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self._active = True
+        yield
+
+    def _read(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self._active:
+                return None
+            self.keys[name] = args[0].detach()[self.answer]
+            if torch.is_grad_enabled() and not output.requires_grad:
+                output = output.detach().requires_grad_()  # the graph starts here
+            self.outputs[name] = output
+            return output.clone()  # some models add to it in place
+
+        return hook
+
+    def _only_answers(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][self.answer].unsqueeze(0), *args[1:])
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module's flag restored at the end."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient; flags restored at the end."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in wanted:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+def _check(model: Any, sequences: Seq[Sequence]) -> None:
+    if not sequences:
+        raise ValueError("got no sequences to capture, expected at least one")
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    for i, s in enumerate(sequences):
+        if not s.prompt_ids or not s.target_ids:
+            raise ValueError(
+                f"sequence {i} has {len(s.prompt_ids)} prompt and {len(s.target_ids)} target "
+                "tokens, expected at least one of each; a tokenizer without BOS makes no token "
+                "of an empty prompt"
+            )
+        length = len(s.prompt_ids) + len(s.target_ids) - 1
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"sequence {i} has {length} tokens, expected at most the model's {limit}; "
+                "shorten the prompt"
+            )

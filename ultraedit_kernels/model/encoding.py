@@ -1,0 +1,102 @@
+"""From text or chat messages to token ids, exactly as a serving engine tokenises them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ultraedit_kernels.model.request import Prompt
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One edit as tokens.
+
+    Its answer positions are the last prompt token up to the last target token but one.
+    """
+
+    prompt_ids: list[int]
+    target_ids: list[int]
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt: text with a completion's special tokens, messages by chat template.
+
+    Raises:
+        ValueError: messages, but the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    text = _render(tokenizer, prompt, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode(tokenizer: Any, prompt: Prompt, target: str, *, append_eos: bool = True) -> Sequence:
+    """Token ids of a prompt and of the answer it must continue with.
+
+    A text prompt and its target are joined by one space unless either brings its own white space.
+    With `append_eos` the target ends as the model ends an answer: with the end-of-sequence token,
+    or after messages with the chat template's end of turn.
+    """
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    if isinstance(prompt, str):
+        space = "" if prompt[-1].isspace() or target[0].isspace() else " "
+        both = list(tokenizer(prompt + space + target)["input_ids"])
+        end = tokenizer.eos_token_id
+        if both[-1:] == [end]:  # some tokenizers close every text themselves
+            both.pop()
+    else:
+        space = ""
+        text = _render(tokenizer, prompt, add_generation_prompt=True) + target
+        both = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        end = _end_of_turn(tokenizer, prompt, target)
+    if both[: len(prompt_ids)] == prompt_ids and len(both) > len(prompt_ids):
+        target_ids = both[len(prompt_ids) :]
+    else:  # the tokens merge across the border; the engine will only ever see the prompt's own
+        target_ids = list(tokenizer(space + target, add_special_tokens=False)["input_ids"])
+    if append_eos and end is not None:
+        target_ids = [*target_ids, end]
+    return Sequence(prompt_ids, target_ids)
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "prompt is a list of chat messages but the tokenizer has no chat template; "
+            "pass the prompt as text, or set tokenizer.chat_template"
+        )
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]], target: str) -> int | None:
+    """The token that the chat template puts after an assistant's answer."""
+    closed = _render(tokenizer, [*messages, {"role": "assistant", "content": target}])
+    tail = closed[closed.rfind(target) + len(target) :]
+    special = set(tokenizer.all_special_ids)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+
+
+def to_tensors(sequences: Seq[Sequence]) -> dict[str, Tensor]:
+    """Sequences for a file: "tokens" [n, longest] int32, prompt and target padded with -1, and
+    "prompt" [n] int32, how many of them are the prompt."""
+    rows = [s.prompt_ids + s.target_ids for s in sequences]
+    tokens = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    prompt = torch.tensor([len(s.prompt_ids) for s in sequences], dtype=torch.int32)
+    return {"tokens": tokens, "prompt": prompt}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> list[Sequence]:
+    """The inverse of `to_tensors`. Raises KeyError for a missing tensor, ValueError if they do not
+    belong together."""
+    rows = [[t for t in row if t >= 0] for row in tensors["tokens"].tolist()]
+    prompts = tensors["prompt"].tolist()
+    return [Sequence(ids[:n], ids[n:]) for ids, n in zip(rows, prompts, strict=True)]

@@ -1,0 +1,89 @@
+"""Batched generation from token ids: greedy, or sampled with a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ultraedit_kernels.model.capture import evaluation_mode
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Seq[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """New tokens per prompt, up to and including the first end of sequence.
+
+    Greedy; with a `seed`, sampled from the model's full distribution. Of the generation settings a
+    model ships with, only its end tokens count: penalties and temperatures would bend the choice.
+    Batches go by length, so that padding is rare; answers come back in the order of the prompts.
+    """
+    ends = _end_tokens(model, tokenizer)
+    device = model.get_input_embeddings().weight.device
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    with _plain_settings(model, ends, max_new_tokens, seed):
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            width = max(len(prompts[i]) for i in part)
+            ids = torch.zeros(len(part), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(part):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, width - len(prompts[i]) :] = 1
+            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+            for row, i in enumerate(part):
+                answers[i] = _until_end(out[row, width:].tolist(), ends)
+    return answers
+
+
+@contextmanager
+def _plain_settings(
+    model: Any, ends: list[int], max_new_tokens: int, seed: int | None
+) -> Iterator[None]:
+    """Plain decoding in evaluation mode, random numbers from `seed`; all restored at the end.
+
+    The model's own settings are put away, as transformers fills every unset field from them.
+    """
+    from transformers import GenerationConfig
+
+    shipped = model.generation_config
+    device = model.get_input_embeddings().weight.device
+    try:
+        model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=seed is not None,
+            top_k=0 if seed is not None else None,
+            eos_token_id=ends or None,
+            pad_token_id=ends[0] if ends else 0,
+        )
+        devices = [device] if device.type == "cuda" else []
+        with evaluation_mode(model), torch.random.fork_rng(devices=devices):
+            if seed is not None:
+                torch.manual_seed(seed)
+            yield
+    finally:
+        model.generation_config = shipped
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which the model's own generation settings stop, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    found = ends if isinstance(ends, list) else [ends]
+    return [end for end in dict.fromkeys([*found, tokenizer.eos_token_id]) if end is not None]
+
+
+def _until_end(tokens: list[int], ends: list[int]) -> list[int]:
+    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]

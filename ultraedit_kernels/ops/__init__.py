@@ -1,0 +1,1 @@
+"""The four operations on tensors, their backends, and what is compiled ahead of time."""
