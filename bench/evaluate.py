@@ -21,7 +21,8 @@ changed. Tables go to bench/results, plots to docs, see `evaluate_report.py`.
 
 All scores are exact match of free greedy generation with stop at the end of sequence, next to
 teacher-forced token accuracy (`ultraedit_kernels/evaluation/scores.py`). Test questions are
-never shown to a method. Seeds of worlds that defaults were chosen on (`tuning_seeds`) are not those reported.
+never shown to a method. Seeds of worlds that defaults were chosen on (`tuning_seeds`) are not those
+reported.
 """
 
 from __future__ import annotations
