@@ -22,11 +22,10 @@ from ultraedit_kernels import (  # noqa: E402
     Editor,
     __version__,
     cli,
-    comparison,
-    presets,
 )
 from ultraedit_kernels.evaluation.loaders import load_edits  # noqa: E402
 from ultraedit_kernels.method.memory import STREAM, load_stream  # noqa: E402
+from ultraedit_kernels.model import presets  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "bench" / "tiny-facts"
 TURN_SIZE = 8

@@ -148,7 +148,7 @@ PARALLEL = "ultraedit_kernels.model.parallel:Ranks"
 EDITOR = "ultraedit_kernels.editor"
 STEPS = {
     "begin": (f"{WORKER}:_Turn", 1),
-    "edit": ("ultraedit_kernels.evaluation.loaders:EditRequest.from_dict", 1),
+    "edit": ("ultraedit_kernels.model.request:EditRequest.from_dict", 1),
     "embedding": (f"{PARALLEL}.all_reduce", 1),
     "forward": (f"{PARALLEL}.all_reduce", 5),
     "logits": (f"{PARALLEL}.all_gather", 1),
