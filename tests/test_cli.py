@@ -229,7 +229,7 @@ def test_baselines_run_on_the_same_edits(
 ) -> None:
     pytest.importorskip("peft")
     best = {"published": 1.5e-3, "fine-tuning": 3e-3, "LoRA": 1e-2}
-    monkeypatch.setattr(comparison, "rates", lambda baseline, *_: [best[baseline]])
+    monkeypatch.setattr(baselines, "rates", lambda baseline, *_: [best[baseline]])
     file = tmp_path / "scores.json"
     options = ["--limit", 4, "--turn-size", 4, "--anchors", 0, "--json", file, "--baselines"]
     assert run("eval", MODEL, edits, *options) == 0
