@@ -23,6 +23,7 @@ from ultraedit_kernels import (  # noqa: E402
     __version__,
     cli,
 )
+from ultraedit_kernels.evaluation import baselines  # noqa: E402
 from ultraedit_kernels.evaluation.loaders import load_edits  # noqa: E402
 from ultraedit_kernels.method.memory import STREAM, load_stream  # noqa: E402
 from ultraedit_kernels.model import presets  # noqa: E402
