@@ -479,9 +479,9 @@ def _edited_again(requests: Sequence[EditRequest]) -> list[EditRequest]:
 def _freeze(editor: Editor) -> None:
     """Give the statistics such a weight that no further rows move them."""
     heavy = 1e18
-    editor._statistics = {
+    editor.memory.statistics = {
         name: Statistics(s.count * heavy, s.mean, s.std**2 * (s.count * heavy - 1), s.d_in)
-        for name, s in editor._statistics.items()
+        for name, s in editor.statistics.items()
     }
 
 

@@ -104,17 +104,17 @@ def test_rollback_is_exact(model, tokenizer, dtype, rounding):
         editor.apply([EditRequest(f"The capital of {['Australia', 'Peru', 'Cuba'][i]} is", target)])
         states.append(state(editor))
         digests.append(editor.digest())
-        statistics.append(dict(editor._statistics))
+        statistics.append(dict(editor.statistics))
     assert len(set(digests)) == 4
     assert [record["digest"] for record in editor.history()] == digests[1:]
     for version in (2, 1):
         editor.rollback(version)
         assert same(states[version], editor) and editor.version == version
         for name, stats in statistics[version - 1].items():
-            assert torch.equal(editor._statistics[name].m2, stats.m2)
+            assert torch.equal(editor.statistics[name].m2, stats.m2)
     editor.rollback(0)
     assert same(states[0], editor)
-    assert all(float(stats.count) == 0 for stats in editor._statistics.values())
+    assert all(float(stats.count) == 0 for stats in editor.statistics.values())
 
 
 def test_earlier_edits_outlive_later_turns(model, tokenizer):
@@ -141,7 +141,7 @@ def test_a_turn_repairs_what_it_broke(model, tokenizer):
     for repairs in (0, 100):
         editor = Editor(model, tokenizer, anchors=400, repairs=repairs)
         watched = [editor.apply(requests[i : i + 20]).watched for i in range(0, 80, 20)]
-        watch = editor._anchors.watch
+        watch = editor.memory.anchors.watch
         captured = capture(model, watch.sequences, editor.modules, backward=False)
         lost.append(len(set(captured.owner[captured.margin < 0].tolist())) / len(watch))
         editor.rollback(0)
@@ -246,7 +246,7 @@ def test_a_stream_resumes_from_its_state_directory(model, tokenizer, tmp_path):
     alone.apply([AUSTEN])
     resumed.apply([AUSTEN])
     assert resumed.digest() == alone.digest()
-    assert resumed._anchors.watch.sequences == alone._anchors.watch.sequences
+    assert resumed.memory.anchors.watch.sequences == alone.memory.anchors.watch.sequences
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "000001.safetensors",
         "000002.safetensors",
@@ -371,7 +371,7 @@ def test_edits_of_a_saved_stream_are_held_and_watched(model, tokenizer, tmp_path
     for continues in (file, None):
         editor = Editor(model, tokenizer, anchors=20, continues=continues)
         editor.prepare()
-        anchors = editor._anchors
+        anchors = editor.memory.anchors
         watched = anchors.watch.sequences[anchors.watch.own :]
         assert watched == (held if continues else [])
         for name, keys in captured.keys.items():
@@ -385,7 +385,7 @@ def test_the_published_method_runs_with_the_papers_settings(model, tokenizer):
     """Open loop: one step for every edit, statistics shared by modules of equal shape."""
     requests = [EditRequest.from_dict(record) for record in World.earth().edits(20, seed=5)]
     editor = Editor(model, tokenizer, **PAPER | {"lr": 0.0143 / 384})
-    assert list(editor._statistics) == ["128x384"]
+    assert list(editor.statistics) == ["128x384"]
     before = answers(editor, UNRELATED)
     result = editor.apply(requests)
     assert [edit.rounds for edit in result.edits] == [1] * 20
@@ -393,14 +393,14 @@ def test_the_published_method_runs_with_the_papers_settings(model, tokenizer):
     rows = sum(len(sequence.target_ids) for sequence in one)
     delta = editor.delta(1)
     assert {len(factor.keys) for factor in delta.factors.values()} == {rows}  # no EOS, no anchors
-    assert float(editor._statistics["128x384"].count) == 4 * rows
+    assert float(editor.statistics["128x384"].count) == 4 * rows
     assert answers(editor, UNRELATED) == before  # the paper's step is small here
 
 
 def test_statistics_per_module_do_not_mix(editor):
     editor.apply([SYDNEY])
-    assert list(editor._statistics) == editor.modules
-    first, *others = editor._statistics.values()
+    assert list(editor.statistics) == editor.modules
+    first, *others = editor.statistics.values()
     assert all(float(other.count) == float(first.count) for other in others)
     assert not any(torch.equal(other.mean, first.mean) for other in others)
 
@@ -472,10 +472,10 @@ def test_a_stream_goes_on_exactly_from_a_snapshot(model, tokenizer, tmp_path):
     for one in (alone, resumed):
         one.apply([TURNS[4]])
     assert resumed.digest() == alone.digest()
-    for name, shield in alone._anchors.keys.items():
-        assert torch.equal(shield, resumed._anchors.keys[name])
-    assert resumed._anchors.watch.sequences == alone._anchors.watch.sequences
-    assert torch.equal(resumed._anchors.watch.lead, alone._anchors.watch.lead)
+    for name, shield in alone.memory.anchors.keys.items():
+        assert torch.equal(shield, resumed.memory.anchors.keys[name])
+    assert resumed.memory.anchors.watch.sequences == alone.memory.anchors.watch.sequences
+    assert torch.equal(resumed.memory.anchors.watch.lead, alone.memory.anchors.watch.lead)
     with pytest.raises(ValueError, match="version 1 was let go, expected 0 or 2 to 5"):
         resumed.rollback(1)
     with pytest.raises(IndexError, match="older ones were let go"):
@@ -491,8 +491,8 @@ def test_a_stream_goes_on_exactly_from_a_snapshot(model, tokenizer, tmp_path):
 def test_a_turn_that_cannot_be_written_changes_nothing(model, tokenizer, tmp_path, monkeypatch):
     editor = Editor(model, tokenizer, anchors=20, state_dir=tmp_path)
     editor.apply([SYDNEY])
-    before, statistics = state(editor), dict(editor._statistics)
-    sequences = editor._anchors.watch.sequences
+    before, statistics = state(editor), dict(editor.statistics)
+    sequences = editor.memory.anchors.watch.sequences
 
     def full(_handle):
         raise OSError(28, "No space left on device")
@@ -502,8 +502,8 @@ def test_a_turn_that_cannot_be_written_changes_nothing(model, tokenizer, tmp_pat
         for turn in (lambda: editor.apply([AUSTEN]), lambda: editor.apply_delta(editor.delta(1))):
             with pytest.raises(OSError, match="No space left on device"):
                 turn()
-            assert same(before, editor) and editor.version == 1 and editor._statistics == statistics
-            assert editor._anchors.watch.sequences == sequences
+            assert same(before, editor) and editor.version == 1 and editor.statistics == statistics
+            assert editor.memory.anchors.watch.sequences == sequences
         with pytest.raises(OSError, match="No space left"):
             editor.rollback(0)
         assert same(before, editor) and editor.version == 1
@@ -535,6 +535,6 @@ def test_a_note_is_kept_in_the_record(model, tokenizer, tmp_path):
     assert phases[-1] == "record"
     editor.apply_delta(editor.delta(1), note={"key": "b"})
     editor.close()
-    editor._set_weights(editor._pristine)
+    editor.versions.write(editor.versions.pristine)
     found = Editor(model, tokenizer, anchors=0, state_dir=tmp_path).history()
     assert [record["note"]["key"] for record in found] == ["ä", "b"]

@@ -155,10 +155,10 @@ def shown_rows(folder: Path, title: str) -> list[list[str]]:
 def test_frozen_statistics_do_not_move(model: Any, tokenizer: Any) -> None:
     editor = Editor(model, tokenizer, anchors=0, rounds=2)
     editor.apply([EditRequest("The capital of Australia is", "Sydney")])
-    was = {name: s.std for name, s in editor._statistics.items()}
+    was = {name: s.std for name, s in editor.statistics.items()}
     evaluate._freeze(editor)
     editor.apply([EditRequest("The capital of France is", "Lyon")])
-    for name, s in editor._statistics.items():
+    for name, s in editor.statistics.items():
         torch.testing.assert_close(s.std, was[name], rtol=1e-9, atol=0)
 
 

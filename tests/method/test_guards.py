@@ -76,7 +76,7 @@ def test_texts_of_its_own_stop_a_turn_that_small_norms_let_pass(model, tokenizer
 def test_losses_of_earlier_turns_are_not_counted_again(model, tokenizer):
     editor = Editor(model, tokenizer, anchors=50, max_change=1e6, max_lost=1.0, **RECKLESS)
     assert editor.apply([NONSENSE]).guards["lost"] > 0.1
-    editor._max_lost, editor.settings = 0.1, Settings()
+    editor.guards.max_lost, editor.settings = 0.1, Settings()
     assert editor.apply([SYDNEY]).version == 2
 
 
@@ -103,7 +103,7 @@ def test_a_kl_limit_is_against_the_untouched_model_after_a_restart_too(model, to
     editor.rollback(1)
     editor.close()
     edited = {name: weight.clone() for name, weight in editor.weights.items()}
-    editor._set_weights(editor._pristine)
+    editor.versions.write(editor.versions.pristine)
     again = Editor(model, tokenizer, anchors=0, state_dir=tmp_path, canaries=[canary])
     assert all(torch.equal(w, edited[n]) for n, w in again.weights.items())
     refused(again, "canaries[0]", lambda: again.apply([SYDNEY]))
@@ -150,7 +150,7 @@ def factors(editor: Editor, scale: float, rows: int = 2) -> EditDelta:
         name: LowRank(torch.full((rows, w.shape[0]), scale), torch.full((rows, w.shape[1]), scale))
         for name, w in editor.weights.items()
     }
-    return EditDelta(made, dict(editor._base))
+    return EditDelta(made, dict(editor.versions.base))
 
 
 @pytest.mark.parametrize("scale, guard", [(1e30, "finite"), (1e4, "max_change"), (0.5, "max_lost")])

@@ -15,10 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ultraedit_kernels import EditDelta, Statistics
-from ultraedit_kernels.method.protect import Anchors
-from ultraedit_kernels.method.repair import Watch
-from ultraedit_kernels.store import journal
+from ultraedit_kernels import EditDelta
+from ultraedit_kernels.store import files as journal_files
 from ultraedit_kernels.store.delta import LowRank, digest, digest_all
 from ultraedit_kernels.store.journal import Entry, Journal, Snapshot
 
@@ -36,23 +34,22 @@ def entry(version: int) -> Entry:
         )
         for name, w in WEIGHTS.items()
     }
-    statistics = {name: Statistics.empty(w.shape[1], w.shape[0]) for name, w in WEIGHTS.items()}
     record = {"version": version, "digest": "", "edits": [{"prompt": "ä" * version}]}
-    held = {name: factor.keys for name, factor in factors.items()}
-    return Entry(
-        EditDelta(factors, BASE),
-        statistics,
-        held,
-        Watch.empty(WEIGHTS),
-        torch.zeros(2, 0),
-        [],
-        record,
-    )
+    return Entry(EditDelta(factors, BASE), remembered(version), {"what": str(version)}, record)
+
+
+def remembered(version: int) -> dict[str, torch.Tensor]:
+    """Of every kind that a method may want to keep: no rows, no dimensions, and whole numbers."""
+    return {
+        "one": torch.tensor(float(version), dtype=torch.float64),
+        "none": torch.zeros(0, 4),
+        "numbers": torch.arange(version),
+    }
 
 
 def snapshot(version: int) -> Snapshot:
     weights = {name: torch.full_like(weight, version) for name, weight in WEIGHTS.items()}
-    return Snapshot(weights, entry(version).statistics, Anchors.empty(WEIGHTS))
+    return Snapshot(weights, remembered(version), {"what": str(version)})
 
 
 def add(journal: Journal) -> None:
@@ -81,10 +78,19 @@ def names(*versions: int, snapshots: tuple[int, ...] = ()) -> list[str]:
 
 
 def same(a: Entry, b: Entry) -> bool:
-    return a.record == b.record and all(
-        torch.equal(factor.coeff, b.delta.factors[name].coeff)
-        and torch.equal(factor.keys, b.delta.factors[name].keys)
-        for name, factor in a.delta.factors.items()
+    remembered = a.tensors.keys() == b.tensors.keys() and all(
+        torch.equal(tensor, b.tensors[name]) for name, tensor in a.tensors.items()
+    )
+    of_it = a.metadata["what"] == b.metadata["what"]
+    return (
+        a.record == b.record
+        and remembered
+        and of_it
+        and all(
+            torch.equal(factor.coeff, b.delta.factors[name].coeff)
+            and torch.equal(factor.keys, b.delta.factors[name].keys)
+            for name, factor in a.delta.factors.items()
+        )
     )
 
 
@@ -123,7 +129,10 @@ def test_the_bound_and_what_it_keeps(tmp_path_factory, data):
             start = journal.start(version)
             assert start in (0, version) or start >= journal.oldest
             if start:
-                assert bool((journal.snapshot(start).weights["up"] == start).all())
+                kept = journal.snapshot(start)
+                assert bool((kept.weights["up"] == start).all())
+                assert kept.metadata["what"] == str(start)
+                assert torch.equal(kept.tensors["numbers"], torch.arange(start))
     journal.close()
 
 
@@ -137,7 +146,7 @@ def test_at_least_the_newest_versions_can_be_returned_to(tmp_path):
 
 
 def test_a_directory_has_one_writer(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(journal_files, "LOCK_SECONDS", 0.3)
     first = Journal(tmp_path, BASE)
     with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*own state dir"):
         Journal(tmp_path, BASE)
@@ -242,7 +251,7 @@ def test_directories_of_another_model_or_format_are_refused(tmp_path, monkeypatc
         Journal(tmp_path, BASE | {"up": "0" * 64})
     with pytest.raises(ValueError, match=r"or to other modules.*gate is not edited there"):
         Journal(tmp_path, BASE | {"gate": "0" * 64})
-    monkeypatch.setattr(journal, "FORMAT_VERSION", "0")
+    monkeypatch.setattr(journal_files, "FORMAT_VERSION", "0")
     with pytest.raises(ValueError, match="has journal format 1, expected 0; use the library"):
         Journal(tmp_path, BASE)
 
@@ -270,7 +279,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch, step):
 
     with monkeypatch.context() as patched:
         if step == "write":
-            patched.setattr("ultraedit_kernels.store.journal._chunks", fail)
+            patched.setattr("ultraedit_kernels.store.files.chunks", fail)
         elif step == "replace":
             patched.setattr(os, "replace", fail)
         else:

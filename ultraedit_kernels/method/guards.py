@@ -168,46 +168,107 @@ def check_lost(lost: float, before: float, limit: float) -> None:
         )
 
 
-def note_references(model: nn.Module, tokenizer: Any, canaries: Seq[Canary]) -> None:
-    """Keep what the untouched model says, for canaries with a KL limit."""
-    for canary in canaries:
-        if canary.max_kl is not None:
-            canary.reference = _next_token(model, tokenizer, canary.prompt)
+class Guards:
+    """What every turn must pass before it is committed.
 
+    Args:
+        model: the model that the turn has changed; `weights` are its own, module → W [d_out, d_in].
+        tokenizer: its tokenizer.
+        pristine: module → its untouched weight.
+        max_change: most that a turn may change a weight, as a share of its norm.
+        max_lost: most of the model's own texts, as a share, that a turn may make it continue
+            otherwise.
+        canaries: prompts whose answer no turn may change, see `load_canaries`.
+    """
 
-def check_canaries(
-    model: nn.Module, tokenizer: Any, modules: Seq[str], canaries: Seq[Canary]
-) -> Generator[str, None, None]:
-    """Raise GuardError for the first canary that does not hold."""
-    for i, canary in enumerate(canaries):
-        if canary.answer is None:
-            assert canary.reference is not None and canary.max_kl is not None
-            now = _next_token(model, tokenizer, canary.prompt)
-            kl = float((canary.reference.exp() * (canary.reference - now)).nansum())
-            if not kl <= canary.max_kl:
-                raise GuardError(
-                    f"canaries[{i}]",
-                    kl,
-                    canary.max_kl,
-                    f"what follows canary {i}, {canary.prompt!r}, has a KL divergence of {kl:.3g} "
-                    f"nats from the untouched model's, the limit is {canary.max_kl:.3g}",
-                )
-        else:
-            asked = encode(tokenizer, canary.prompt, canary.answer, append_eos=False)
-            captured = capture(model, [asked], modules, backward=False)
-            lead = float(captured.margin.min())
-            if not lead > 0:
-                ids = [asked.prompt_ids]
-                (said,) = generate(model, tokenizer, ids, max_new_tokens=SHOWN_TOKENS)
-                text = tokenizer.decode(said, skip_special_tokens=True).strip()
-                raise GuardError(
-                    f"canaries[{i}]",
-                    lead,
-                    0.0,
-                    f"canary {i}, {canary.prompt!r}, is answered by {text!r}, expected "
-                    f"{canary.answer!r}",
-                )
-        yield "capture"
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        weights: Mapping[str, Tensor],
+        pristine: Mapping[str, Tensor],
+        max_change: float,
+        max_lost: float,
+        canaries: Seq[Canary],
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._weights, self._pristine = weights, pristine
+        self.max_change, self.max_lost, self.canaries = max_change, max_lost, canaries
+
+    def note_references(self) -> None:
+        """Keep what the model says, for canaries with a KL limit. It must be untouched."""
+        for canary in self.canaries:
+            if canary.max_kl is not None:
+                canary.reference = _next_token(self._model, self._tokenizer, canary.prompt)
+
+    def measure(
+        self,
+        start: Mapping[str, Tensor],
+        texts: Seq[Sequence],
+        lost_before: float,
+        batch_size: int,
+    ) -> Generator[str, None, dict[str, float]]:
+        """Measure the turn that led from the weights `start` to those of now.
+
+        Args:
+            start: module → W [d_out, d_in] before the turn.
+            texts: of the model's own, of which it was sure when untouched.
+            lost_before: share of them that it continued otherwise before the turn already.
+            batch_size: texts that are run through the model at a time.
+
+        Returns:
+            "change", "total_change" and "lost", see `TurnResult.guards`.
+
+        Raises:
+            GuardError: a guard rejects the turn.
+        """
+        change = total = 0.0
+        for name, weight in self._weights.items():
+            check_finite(**{f"edited {name}": weight})
+            change = max(change, check_change(name, weight, start[name], self.max_change))
+            total = max(total, relative_change(weight, self._pristine[name]))
+            yield "guard"
+        lost = yield from share_lost(self._model, texts, list(self._weights), batch_size)
+        check_lost(lost, lost_before, self.max_lost)
+        yield from self.check_canaries()
+        return {"change": change, "total_change": total, "lost": lost}
+
+    def check_canaries(self) -> Generator[str, None, None]:
+        """Raise GuardError for the first canary that does not hold."""
+        for i, canary in enumerate(self.canaries):
+            if canary.answer is None:
+                self._check_distribution(i, canary)
+            else:
+                self._check_answer(i, canary, canary.answer)
+            yield "capture"
+
+    def _check_distribution(self, i: int, canary: Canary) -> None:
+        assert canary.reference is not None and canary.max_kl is not None
+        now = _next_token(self._model, self._tokenizer, canary.prompt)
+        kl = float((canary.reference.exp() * (canary.reference - now)).nansum())
+        if not kl <= canary.max_kl:
+            raise GuardError(
+                f"canaries[{i}]",
+                kl,
+                canary.max_kl,
+                f"what follows canary {i}, {canary.prompt!r}, has a KL divergence of {kl:.3g} "
+                f"nats from the untouched model's, the limit is {canary.max_kl:.3g}",
+            )
+
+    def _check_answer(self, i: int, canary: Canary, answer: str) -> None:
+        asked = encode(self._tokenizer, canary.prompt, answer, append_eos=False)
+        captured = capture(self._model, [asked], list(self._weights), backward=False)
+        lead = float(captured.margin.min())
+        if not lead > 0:
+            ids = [asked.prompt_ids]
+            (said,) = generate(self._model, self._tokenizer, ids, max_new_tokens=SHOWN_TOKENS)
+            text = self._tokenizer.decode(said, skip_special_tokens=True).strip()
+            raise GuardError(
+                f"canaries[{i}]",
+                lead,
+                0.0,
+                f"canary {i}, {canary.prompt!r}, is answered by {text!r}, expected {answer!r}",
+            )
 
 
 @torch.inference_mode(False)

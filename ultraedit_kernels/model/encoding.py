@@ -65,6 +65,39 @@ def encode(tokenizer: Any, prompt: Prompt, target: str, *, append_eos: bool = Tr
     return Sequence(prompt_ids, target_ids)
 
 
+def encode_edits(
+    tokenizer: Any,
+    edits: Seq[tuple[Seq[Prompt], str]],
+    limit: int | None,
+    *,
+    append_eos: bool = True,
+) -> tuple[list[Sequence], list[int]]:
+    """Every sequence that edits teach, and the index of the edit that it belongs to.
+
+    Args:
+        tokenizer: the model's.
+        edits: prompt and rephrases of each edit, and its target.
+        limit: most tokens of a sequence; None for no limit.
+        append_eos: see `encode`.
+
+    Raises:
+        ValueError: a sequence is too long.
+    """
+    sequences, edit_of = [], []
+    for i, (prompts, target) in enumerate(edits):
+        for j, prompt in enumerate(prompts):
+            one = encode(tokenizer, prompt, target, append_eos=append_eos)
+            length = len(one.prompt_ids) + len(one.target_ids)
+            if limit is not None and length > limit:
+                raise ValueError(
+                    f"edit {i}: {f'rephrase {j - 1}' if j else 'prompt'} and target have "
+                    f"{length} tokens, expected at most the model's {limit}; shorten it"
+                )
+            sequences.append(one)
+            edit_of.append(i)
+    return sequences, edit_of
+
+
 def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,6 +123,30 @@ class EditDelta:
         }
         return cls(factors, first.base, first.settings)
 
+    def check_base(self, base: Mapping[str, str]) -> None:
+        """Raise ValueError unless it may be applied to a model.
+
+        Args:
+            base: edited module → `digest` of the model's untouched weight.
+        """
+        checks.tensor_names(self.factors, self.base, "modules of the delta")
+        for name, made_for in self.base.items():
+            if name not in base:
+                raise ValueError(
+                    f"the delta edits {name}, but this editor edits {', '.join(base)}; "
+                    "create it with the delta's modules"
+                )
+            if made_for != base[name]:
+                raise ValueError(
+                    f"the delta was made for a {name} with digest {made_for[:12]}…, this model's "
+                    f"is {base[name][:12]}…; it belongs to another checkpoint or dtype"
+                )
+
+    @staticmethod
+    def tensor_names(modules: Iterable[str]) -> list[str]:
+        """The names of a file's tensors, if the delta edits these modules."""
+        return [f"{name}.{part}" for name in modules for part in ("coeff", "keys")]
+
     def tensors(self) -> dict[str, Tensor]:
         """The file's tensors by name, on the CPU."""
         return {
@@ -197,8 +221,7 @@ class EditDelta:
             checks.rounding(*how)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{source} has damaged metadata: {error}; save it again") from error
-        expected = {f"{name}.{part}": None for name in base for part in ("coeff", "keys")}
-        checks.tensor_names(tensors, expected, f"tensors of {source}")
+        checks.tensor_names(tensors, dict.fromkeys(cls.tensor_names(base)), f"tensors of {source}")
         factors = {n: LowRank(tensors[f"{n}.coeff"], tensors[f"{n}.keys"], *how) for n in base}
         for name, factor in factors.items():
             try:

@@ -119,20 +119,20 @@ def test_what_two_engines_wrote_is_continued_by_one_process(server: Server, tmp_
     editor.close()
 
 
-EDITOR = "ultraedit_kernels.editor:Editor"
+VERSIONS = "ultraedit_kernels.method.versions:Versions"
 STEPS = {
     "begin": ("ultraedit_kernels.integrations.vllm.worker:_Turn", 1),
     "update": ("ultraedit_kernels.store.delta:LowRank.apply", 1),
     "guard": ("ultraedit_kernels.method.guards:check_change", 1),
-    "record": (f"{EDITOR}.digest", 1),
-    "entry": ("ultraedit_kernels.store.journal:Entry.cpu", 1),
+    "record": (f"{VERSIONS}.digest", 1),
+    "entry": ("ultraedit_kernels.method.memory:TurnMemory.encode", 1),
     "append": ("ultraedit_kernels.store.journal:Journal.append+", 1),
     "publish": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish", 1),
     "published": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish+", 1),
 }
 WRITING = {  # the first engine's alone
     "solve": ("ultraedit_kernels.method.shield:System.solve", 1),
-    "write": ("ultraedit_kernels.store.journal:Journal._write", 1),
+    "write": ("ultraedit_kernels.store.files:write", 1),
 }
 FAULTS = [(step, engine) for step in STEPS for engine in (0, 1)]
 FAULTS += [(step, 0) for step in WRITING]
@@ -161,7 +161,7 @@ def test_a_fault_before_a_rollback_is_decided_changes_nothing(
     at_one: Server, where: str, engine: int
 ) -> None:
     before = health(at_one)
-    check_rollback_fault(at_one, engine, f"{EDITOR}.{where}")
+    check_rollback_fault(at_one, engine, f"{VERSIONS}.{where}")
     assert health(at_one) == before
 
 

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from bench.world import World
-from ultraedit_kernels.store import journal
+from ultraedit_kernels.store import files
+from ultraedit_kernels.store.journal import Journal
 
 psutil = pytest.importorskip("psutil")  # vLLM brings it
 pytestmark = pytest.mark.vllm
@@ -118,9 +119,9 @@ def test_kill_9_at_random_moments(
 def test_a_second_server_on_the_directory_is_refused(
     live_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.2)
     with pytest.raises(ValueError, match=r"is in use by process \d+ on ") as refused:
-        journal.Journal(live_server.state_dir)
+        Journal(live_server.state_dir)
     holder = int(str(refused.value).partition("process ")[2].split()[0])
     children = psutil.Process(live_server.process.pid).children(recursive=True)
     assert holder in {process.pid for process in children}

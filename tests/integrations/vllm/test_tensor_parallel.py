@@ -145,7 +145,7 @@ def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> Non
 
 WORKER = "ultraedit_kernels.integrations.vllm.worker"
 PARALLEL = "ultraedit_kernels.model.parallel:Ranks"
-EDITOR = "ultraedit_kernels.editor"
+VERSIONS = "ultraedit_kernels.method.versions:Versions"
 STEPS = {
     "begin": (f"{WORKER}:_Turn", 1),
     "edit": ("ultraedit_kernels.model.request:EditRequest.from_dict", 1),
@@ -157,15 +157,15 @@ STEPS = {
     "solve": ("ultraedit_kernels.method.shield:System.solve", 1),
     "update": ("ultraedit_kernels.store.delta:LowRank.apply", 1),
     "guard": ("ultraedit_kernels.method.guards:check_change", 1),
-    "record": (f"{EDITOR}:Editor.digest", 1),
-    "entry": ("ultraedit_kernels.store.journal:Entry.cpu", 1),
+    "record": (f"{VERSIONS}.digest", 1),
+    "entry": ("ultraedit_kernels.method.memory:TurnMemory.encode", 1),
     "publish": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish", 1),
     "published": ("ultraedit_kernels.integrations.vllm.twin:Twin.publish+", 1),
 }
 WRITING = {  # the first rank's alone
     "lock": ("ultraedit_kernels.store.journal:Journal.append", 1),
-    "write": ("ultraedit_kernels.store.journal:Journal._write", 1),
-    "sync": ("ultraedit_kernels.store.journal:_sync", 1),
+    "write": ("ultraedit_kernels.store.files:write", 1),
+    "sync": ("ultraedit_kernels.store.files:sync", 1),
 }
 FAULTS = [(step, rank) for step in STEPS for rank in (0, 1)] + [(step, 0) for step in WRITING]
 
@@ -184,7 +184,7 @@ def test_a_fault_on_one_rank_leaves_both_at_the_old_version(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("where", [f"{EDITOR}:Editor.replay", "torch:Tensor.copy_"])
+@pytest.mark.parametrize("where", [f"{VERSIONS}.replay", "torch:Tensor.copy_"])
 def test_a_fault_in_a_rollback_changes_nothing(at_one: Server, where: str, rank: int) -> None:
     before = health(at_one)
     check_rollback_fault(at_one, rank, where)

@@ -40,7 +40,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     before.apply([request])
     (checkpoint / STREAM).parent.mkdir()
     before.save_stream(checkpoint / STREAM)
-    rows = [float(stats.count) for stats in before._statistics.values()]
+    rows = [float(stats.count) for stats in before.statistics.values()]
     before.rollback(0)
     editor = Editor(model, tokenizer, anchors=0, state_dir=state_dir, continues=checkpoint / STREAM)
     pristine = editor.digest()

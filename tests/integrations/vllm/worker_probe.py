@@ -215,7 +215,7 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["rollback"] = probe.rpc("commit", "one")
     probe.cancel()
     out["rolled back"] = probe.state()
-    statistics = probe.worker._ultraedit_editor._statistics
+    statistics = probe.worker._ultraedit_editor.statistics
     out["rows"] = [float(stats.count) for stats in statistics.values()]
 
     # A rollback is in the journal once its work is done; to end the turn then makes it live.

@@ -1,0 +1,98 @@
+"""What became of a turn and of its edits, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from ultraedit_kernels.method.turn import Turn
+from ultraedit_kernels.model.request import EditRequest, Prompt
+from ultraedit_kernels.store.delta import EditDelta
+
+
+@dataclass(frozen=True)
+class EditOutcome:
+    """What became of one edit."""
+
+    prompt: Prompt
+    target: str
+    succeeded: bool
+    """Greedy decoding gives the target and then stops, by the required margin, for the prompt and
+    every rephrase."""
+    rounds: int
+    """Steps that were taken for it."""
+    loss: float
+    """Remaining cross entropy, nats, summed over its target tokens and rephrases."""
+    margin: float
+    """Least lead of a target token over the runner-up, logits."""
+
+
+@dataclass(frozen=True)
+class TurnResult:
+    """What became of a turn."""
+
+    version: int
+    edits: tuple[EditOutcome, ...]
+    timings: dict[str, float]
+    """Milliseconds: capture_ms, solve_ms, commit_ms, total_ms."""
+    watched: dict[str, int]
+    """Earlier edits and other texts that the turn threatened: how many were checked, were broken,
+    and were repaired."""
+    guards: dict[str, float]
+    """What the guards measured, the largest of all modules: "change", ‖W - W_start‖ / ‖W_start‖ of
+    the turn; "total_change", the same against the untouched weights; "lost", share of the untouched
+    model's own texts that it now continues otherwise."""
+    delta: EditDelta = field(repr=False, compare=False)
+    """The change of the turn, committed or not."""
+    rejected: str | None = None
+    """Of a turn that was not to be committed: why it would not have been."""
+
+
+class Clock:
+    """Where the time of a turn goes."""
+
+    def __init__(self) -> None:
+        self._begun = self._commit_begun = time.perf_counter()
+        self._spent = {"capture": 0.0, "solve": 0.0}
+
+    def timed(self, work: Generator[str, None, Turn]) -> Generator[str, None, Turn]:
+        """The same work; notes the time of each slice under the phase that it yields."""
+        while True:
+            begun = time.perf_counter()
+            try:
+                phase = next(work)
+            except StopIteration as done:
+                return done.value
+            self._spent[phase] += time.perf_counter() - begun
+            yield phase
+
+    def commits(self) -> None:
+        """All that follows is the commit."""
+        self._commit_begun = time.perf_counter()
+
+    def milliseconds(self) -> dict[str, float]:
+        """`TurnResult.timings` of a turn that ends now."""
+        ended = time.perf_counter()
+        return {
+            "capture_ms": self._spent["capture"] * 1e3,
+            "solve_ms": self._spent["solve"] * 1e3,
+            "commit_ms": (ended - self._commit_begun) * 1e3,
+            "total_ms": (ended - self._begun) * 1e3,
+        }
+
+
+def outcomes_of(requests: Seq[EditRequest], result: Turn) -> tuple[EditOutcome, ...]:
+    """What became of each edit of a finished turn."""
+    return tuple(
+        EditOutcome(
+            request.prompt,
+            request.target,
+            result.holds[i],
+            result.rounds[i],
+            result.loss[i],
+            result.margin[i],
+        )
+        for i, request in enumerate(requests)
+    )
