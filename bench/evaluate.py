@@ -55,7 +55,9 @@ from ultraedit_kernels import Editor, EditRequest, Statistics
 from ultraedit_kernels.editor import EditOutcome
 from ultraedit_kernels.evaluation import baselines as comparison
 from ultraedit_kernels.evaluation import scores as metrics
+from ultraedit_kernels.evaluation.answers import Output
 from ultraedit_kernels.evaluation.loaders import load_edits, split_turns
+from ultraedit_kernels.evaluation.perplexity import perplexity
 from ultraedit_kernels.method.guards import GuardError
 from ultraedit_kernels.model.presets import PAPER, resolve_modules
 from ultraedit_kernels.model.request import Prompt
@@ -175,7 +177,7 @@ class Subject:
     model: Any
     tokenizer: Any
     requests: list[EditRequest]
-    before: list[metrics.Output]
+    before: list[Output]
     texts: list[tuple[Prompt, str]]
     """That the edits do not touch, for perplexity."""
 
@@ -184,7 +186,7 @@ class Subject:
         scores = metrics.evaluate(self.model, self.tokenizer, self.requests, before=self.before)
         del scores["rows"]
         if self.texts:
-            scores["perplexity"] = metrics.perplexity(self.model, self.tokenizer, self.texts)
+            scores["perplexity"] = perplexity(self.model, self.tokenizer, self.texts)
         return scores
 
 
@@ -383,7 +385,7 @@ def stream_scores(
         whole.model.to(torch.bfloat16)
     points = [point for point in scale.lifelong_points if point <= len(whole.requests)]
     asked = _asked(whole, points, scale)
-    base = metrics.perplexity(whole.model, whole.tokenizer, whole.texts)
+    base = perplexity(whole.model, whole.tokenizer, whole.texts)
 
     def run(points: Sequence[int], **settings: Any) -> dict[str, Any]:
         editor = Editor(whole.model, whole.tokenizer, **settings)

@@ -286,6 +286,8 @@ def evaluate(
     """Edit MODEL in memory and score it, after all turns and against the untouched model."""
     _need_transformers()
     from ultraedit_kernels.evaluation import scores as metrics
+    from ultraedit_kernels.evaluation.perplexity import perplexity as measure
+    from ultraedit_kernels.evaluation.perplexity import untouched_texts
 
     settings = _settings(published, lr, rounds, margin, anchors, repairs, seed, modules)
     if json_file not in (None, "-"):
@@ -303,10 +305,10 @@ def evaluate(
         raise ValueError("--baselines needs peft; pip install 'ultraedit-kernels[bench]'")
     job = _load(model, edits, limit, dtype, device, settings)
     scored = (job.model, job.tokenizer, job.requests)
-    texts = metrics.untouched_texts(job.requests)
+    texts = untouched_texts(job.requests)
 
     def perplexity() -> dict[str, float | None]:
-        return {"perplexity": metrics.perplexity(*scored[:2], texts) if texts else None}
+        return {"perplexity": measure(*scored[:2], texts) if texts else None}
 
     with _progress() as bar:
         task = bar.add_task("recording the untouched model", total=None)
@@ -675,9 +677,10 @@ def _evaluate_server(
     import transformers
 
     from ultraedit_kernels.evaluation import scores as metrics
+    from ultraedit_kernels.evaluation.answers import ServedModel
 
     requests = _read_edits(edits, limit)
-    served = metrics.ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
+    served = ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:

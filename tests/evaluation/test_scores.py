@@ -1,156 +1,27 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ultraedit_kernels.evaluation.scores import (
-    Answer,
-    evaluate,
-    generate_answers,
-    perplexity,
-    record_locality,
-    untouched_texts,
-)
-from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt
-from ultraedit_kernels.model.request import EditRequest, LocalityTest, Prompt
-
-FACTS: list[tuple[Prompt, str]] = [
-    ("The capital of Zedonia is", "Marrow"),
-    ("The capital of Ruvalia is", "Pell"),
-    ("Who wrote The Tin Orchard?", "Ada Quill"),
-    ("Bo Reed lives in", "Marrow"),
-    ("The river that runs through Marrow is", "the Lisp"),
-    ([{"role": "user", "content": "Who is the mayor of Pell?"}], "Una Fenn"),
-    ("Ola Fenn plays the", "harp"),
-]
-LIMIT = 12
+from tests.evaluation.facts import FACTS, new_model, requests, teach
+from ultraedit_kernels.evaluation.scores import evaluate, record_locality
+from ultraedit_kernels.model.encoding import Sequence, encode
+from ultraedit_kernels.model.request import EditRequest, LocalityTest
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    special = ["<bos>", "<eos>", "<user>", "<end>"]
-    lines = [f"{prompt} {target}" for prompt, target in FACTS]
-    backend.train_from_iterator(
-        lines,
-        trainers.BpeTrainer(
-            vocab_size=320,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        additional_special_tokens=special[2:],
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}<end>"
-        "{% else %}{{ m.content }}<eos>{% endif %}{% endfor %}"
-    )
-    assert tokenizer.pad_token is None  # as with many published models
-    return tokenizer
+@pytest.fixture
+def tokenizer(fact_tokenizer: Any) -> Any:
+    return fact_tokenizer
 
 
-@pytest.fixture(scope="module")
-def random_model(tokenizer: Any) -> LlamaForCausalLM:
-    return new_model(tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer: Any) -> LlamaForCausalLM:
-    """A model that was taught the facts, and to stop after them."""
-    return teach(new_model(tokenizer), [encode(tokenizer, *fact) for fact in FACTS])
-
-
-def teach(model: LlamaForCausalLM, sequences: list[Sequence]) -> LlamaForCausalLM:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        for s in sequences:
-            ids = torch.tensor([s.prompt_ids + s.target_ids])
-            labels = torch.tensor([[-100] * len(s.prompt_ids) + s.target_ids])
-            model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-    return model.eval()
-
-
-def new_model(tokenizer: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def one_by_one(model: LlamaForCausalLM, tokenizer: Any, prompt: Prompt, limit: int) -> Answer:
-    """Greedy decoding as it is defined: no cache, no padding, one token at a time."""
-    start = encode_prompt(tokenizer, prompt)
-    ids = list(start)
-    while len(ids) < len(start) + limit:
-        token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            return Answer(tokenizer.decode(ids[len(start) :]), True)
-        ids.append(token)
-    token = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    return Answer(tokenizer.decode(ids[len(start) :]), token == tokenizer.eos_token_id)
-
-
-def requests(**changes: Any) -> list[EditRequest]:
-    """Each fact as an edit, with the two next ones as locality tests, the second without gold."""
-    n = len(FACTS)
-    return [
-        EditRequest(
-            prompt,
-            target,
-            test_locality=(LocalityTest(*FACTS[(i + 1) % n]), LocalityTest(FACTS[(i + 2) % n][0])),
-            **changes,
-        )
-        for i, (prompt, target) in enumerate(FACTS)
-    ]
-
-
-@pytest.mark.parametrize("which", ["model", "random_model"])
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_batched_generation_is_greedy_decoding(
-    which: str, batch_size: int, tokenizer: Any, request: pytest.FixtureRequest
-) -> None:
-    model = request.getfixturevalue(which)
-    prompts: list[Prompt] = [prompt for prompt, _ in FACTS]
-    answers = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=LIMIT, batch_size=batch_size
-    )
-    assert answers == [one_by_one(model, tokenizer, prompt, LIMIT) for prompt in prompts]
-    if which == "model":
-        assert [a.text.strip() for a in answers] == [target for _, target in FACTS]
-        assert all(a.stopped for a in answers)
-
-
-def test_an_answer_that_just_fits_has_stopped(model: LlamaForCausalLM, tokenizer: Any) -> None:
-    prompt, target = FACTS[2]
-    tokens = len(encode(tokenizer, prompt, target, append_eos=False).target_ids)
-    (fits,) = generate_answers(model, tokenizer, [prompt], max_new_tokens=tokens)
-    (cut,) = generate_answers(model, tokenizer, [prompt], max_new_tokens=tokens - 1)
-    assert fits.text.strip() == target and fits.stopped
-    assert target.startswith(cut.text.strip()) and not cut.stopped
+@pytest.fixture
+def model(fact_model: LlamaForCausalLM) -> LlamaForCausalLM:
+    return fact_model
 
 
 def test_the_models_own_answers_score_one(model: LlamaForCausalLM, tokenizer: Any) -> None:
@@ -261,45 +132,6 @@ def test_teacher_forcing_is_one_forward_pass_each(
         best = logits.argmax(-1)[len(s.prompt_ids) - 1 : -1]
         assert output.expected == tuple(s.target_ids)
         assert output.predicted == tuple(best.tolist())
-
-
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_perplexity_is_that_of_every_token_but_the_first(
-    random_model: LlamaForCausalLM, tokenizer: Any, batch_size: int
-) -> None:
-    loss, tokens = 0.0, 0
-    for prompt, target in FACTS:
-        s = encode(tokenizer, prompt, target)
-        ids = torch.tensor([s.prompt_ids + s.target_ids])
-        logits = random_model(input_ids=ids).logits[0, :-1]
-        loss += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-    got = perplexity(random_model, tokenizer, FACTS, batch_size=batch_size)
-    assert got == pytest.approx(math.exp(loss / tokens), rel=1e-5)
-    with pytest.raises(ValueError, match="got no texts"):
-        perplexity(random_model, tokenizer, [])
-
-
-def test_untouched_texts_are_the_locality_tests_with_an_answer() -> None:
-    edits = requests()
-    texts = untouched_texts([*edits, *edits])
-    assert sorted(map(str, texts)) == sorted(map(str, FACTS))
-
-
-def test_the_models_own_generation_settings_do_not_bend_greedy_decoding(
-    random_model: LlamaForCausalLM, tokenizer: Any
-) -> None:
-    prompts: list[Prompt] = [prompt for prompt, _ in FACTS]
-    plain = generate_answers(random_model, tokenizer, prompts, max_new_tokens=LIMIT)
-    kept = random_model.generation_config
-    try:
-        random_model.generation_config = GenerationConfig(
-            do_sample=True, top_k=5, repetition_penalty=1.5, no_repeat_ngram_size=2
-        )
-        assert generate_answers(random_model, tokenizer, prompts, max_new_tokens=LIMIT) == plain
-        assert random_model.generation_config.repetition_penalty == 1.5  # left as it was
-    finally:
-        random_model.generation_config = kept
 
 
 def test_progress_reaches_the_end_and_the_mode_is_restored(

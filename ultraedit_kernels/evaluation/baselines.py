@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ultraedit_kernels.editor import Editor
-from ultraedit_kernels.evaluation.scores import IGNORED, pad_right
+from ultraedit_kernels.evaluation.perplexity import IGNORED
 from ultraedit_kernels.model.capture import evaluation_mode
-from ultraedit_kernels.model.encoding import Sequence, encode
+from ultraedit_kernels.model.encoding import Sequence, encode, pad_right
 from ultraedit_kernels.model.presets import PAPER
 from ultraedit_kernels.model.request import EditRequest
 
@@ -123,7 +123,7 @@ def search(
     """Run a baseline at every rate; what `score` gives after the best one.
 
     Args:
-        score: scores the model as it is, in the layout of `metrics.evaluate`.
+        score: scores the model as it is, in the layout of `scores.evaluate`.
         tried: the rates, `rates(...)` if None. One at which the method diverges is left out.
 
     Returns:

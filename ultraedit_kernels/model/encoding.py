@@ -116,6 +116,17 @@ def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]], target: str) ->
     return next((i for i in ids if i in special), tokenizer.eos_token_id)
 
 
+def pad_right(rows: Seq[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [rows, longest].
+
+    Padding goes to the right, where a causal model cannot see it: positions stay as they are.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, mask
+
+
 def to_tensors(sequences: Seq[Sequence]) -> dict[str, Tensor]:
     """Sequences for a file: "tokens" [n, longest] int32, prompt and target padded with -1, and
     "prompt" [n] int32, how many of them are the prompt."""

@@ -10,7 +10,8 @@ import pytest
 
 from bench.world import World
 from ultraedit_kernels import EditRequest, cli
-from ultraedit_kernels.evaluation.scores import ServedModel, evaluate, record_locality
+from ultraedit_kernels.evaluation.answers import ServedModel
+from ultraedit_kernels.evaluation.scores import evaluate, record_locality
 
 pytestmark = pytest.mark.vllm
 
