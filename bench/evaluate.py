@@ -1,4 +1,4 @@
-"""Do edits hold when the model really speaks? Reproduces the tables and plots of the README.
+"""Do edits hold when the model really speaks? Reproduces tables and plots of docs/results.md.
 
 Usage, from the repository root; on nothing but the CPU:
 

@@ -1,6 +1,6 @@
-"""Draws the plots of bench/results and writes the README's table from its CSV files.
+"""Draws the plots of bench/results and writes the tables of docs/results.md from its CSV files.
 
-    python -m bench.report [--results DIR] [--readme FILE]
+    python -m bench.report [--results DIR] [--page FILE]
 
 The table goes between `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`, that of serving
 between `<!-- serving:begin -->` and `<!-- serving:end -->`; that of the rounding study between the
@@ -51,7 +51,7 @@ def _rows(path: Path) -> list[Row]:
 
 
 def table(results: dict[str, list[Row]]) -> str:
-    """The README's table as Markdown."""
+    """The arithmetic of a turn, and whole turns, as Markdown."""
     parts = [text for rows in results.values() for text in _machine(rows)]
     if not any(row["device"] == "cuda" for rows in results.values() for row in rows):
         parts.append("Not measured on a GPU yet.")
@@ -349,15 +349,15 @@ def _finish(figure: Any, path: Path, conditions: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     results = read(options.results)
     text = table(results)
     print(text)
-    insert(options.readme, "benchmarks", text)
+    insert(options.page, "benchmarks", text)
     served = options.results / "serving.csv"
     if served.exists():
-        insert(options.readme, "serving", serving_table(_rows(served)))
+        insert(options.page, "serving", serving_table(_rows(served)))
     lives = options.results / "rounding.csv"
     if lives.exists() and options.results == RESULTS:
         insert(ROOT / "bench" / "README.md", "rounding", rounding_table(_rows(lives)))

@@ -120,15 +120,15 @@ def test_operations_of_the_solve_are_those_of_the_smaller_system(monkeypatch):
     assert primal < 10_000**3 / 3
 
 
-def test_the_table_goes_between_the_readme_markers(tmp_path):
-    readme = tmp_path / "README.md"
+def test_the_table_goes_between_the_markers_of_a_page(tmp_path):
+    page = tmp_path / "results.md"
     begin, end = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    report.insert(readme, "benchmarks", "new")
-    report.insert(readme, "benchmarks", "new")
-    assert readme.read_text() == f"before\n{begin}\nnew\n{end}\nafter\n"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    report.insert(page, "benchmarks", "new")
+    report.insert(page, "benchmarks", "new")
+    assert page.read_text() == f"before\n{begin}\nnew\n{end}\nafter\n"
     with pytest.raises(ValueError, match="no place for the table"):
-        report.insert(readme, "rounding", "new")
+        report.insert(page, "rounding", "new")
 
 
 def test_the_table_says_that_no_gpu_was_measured(rows):

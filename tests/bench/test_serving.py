@@ -84,7 +84,7 @@ def test_the_interval_has_the_median_in_it_and_narrows():
     assert 0 < narrow[1] - narrow[0] < high - low
 
 
-def test_the_table_has_every_server_and_goes_into_the_readme(tmp_path):
+def test_the_table_has_every_server_and_goes_into_the_page(tmp_path):
     about = serving.run_conditions(1000, 200) | {"turns": 40, "held_in_turn": 900, "rank": 128}
     about |= {"modules": " ".join(MODULES), "load_average": 0.1}
     rows = [
