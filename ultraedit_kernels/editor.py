@@ -139,7 +139,7 @@ class Editor:
             ValueError: no edits, two targets for one prompt, a prompt that is too long, or values
                 that are not finite; as GuardError, a turn that a guard rejects.
             OSError: the version could not be written.
-            In all cases the weights are as before.
+                In all cases the weights are as before.
         """
         return _finish(self.steps(requests, commit))
 
@@ -212,7 +212,7 @@ class Editor:
         Raises:
             ValueError: no such version, one that was let go, or one that cannot be replayed.
             OSError: the versions could not be read or written.
-            In all cases nothing is changed.
+                In all cases nothing is changed.
         """
         self.versions.rollback(version)
 
@@ -235,7 +235,7 @@ class Editor:
             ValueError: a delta of another model or of other modules; as GuardError, one that is
                 too large, or that a guard rejects.
             OSError: the version could not be written.
-            In all cases nothing is changed.
+                In all cases nothing is changed.
         """
         return _finish(self.delta_steps(delta, note))
 
