@@ -1,0 +1,445 @@
+"""Every setting once: name, default, check, help, flags and who may set it.
+
+The options of the command line, the check of the "ultraedit" section of vLLM's
+`--additional-config`, that of the Editor's arguments, and docs/settings.md
+(`python -m ultraedit_kernels.settings`) come from here. A further setting is a further field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Audience = Literal["operator", "researcher", "internal"]
+AUDIENCES: dict[Audience, str] = {
+    "operator": "For whoever runs a server: in the `ultraedit` section of `--additional-config`, "
+    "or by flag. Those above `traffic` are arguments of `Editor` too.",
+    "researcher": "For whoever measures the method: further arguments of `Editor`.",
+    "internal": "Arguments of `Editor` that a server or a command gives itself.",
+}
+"""Each may set what those before it may."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What values a setting takes."""
+
+    expected: str
+    """In words, to follow "expected"."""
+    holds: Callable[[Any], bool]
+    """Whether it takes a value."""
+    parse: Callable[[str], Any]
+    """The value that a text on the command line means; ValueError for a text that means none."""
+    metavar: str = "X"
+    type: type = str
+    """Of an option of the command line; `parse` reads those that come as text."""
+    least: float | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    name: str
+    default: Any
+    kind: Kind
+    help: str
+    audience: Audience
+    reason: str
+    """Why another audience may not set it."""
+    flag: str | None
+    """Option of `ultraedit edit` and `ultraedit eval`."""
+    serve: str | None
+    """Option of `ultraedit serve`."""
+    metavar: str
+    unset: str
+    """The default, in words."""
+
+    def check(self, value: Any) -> None:
+        """Raise ValueError unless the setting takes the value."""
+        if not self.kind.holds(value):
+            raise ValueError(
+                f"setting {self.name} is {value!r}, expected {self.kind.expected}; correct it, or "
+                f"leave it out (default: {self.unset})"
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(least: int | None = None) -> Kind:
+    return Kind(
+        "a whole number" + ("" if least is None else f" from {least}"),
+        lambda value: _is_whole(value) and (least is None or value >= least),
+        int,
+        "N",
+        int,
+        least,
+    )
+
+
+def _is_names(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "auto"
+    return isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
+
+
+def _names(text: str) -> str | list[str]:
+    names = [name for part in text.split(",") if (name := part.strip())]
+    return "auto" if names in ([], ["auto"]) else names
+
+
+def _choice(*names: str) -> Kind:
+    return Kind(" or ".join(map(repr, names)), lambda x: x in names, str, "|".join(names))
+
+
+def _path(text: str) -> str:
+    return str(Path(text).absolute())
+
+
+ABOVE_ZERO = Kind("a number above 0", lambda x: _is_number(x) and x > 0, float, type=float)
+FROM_ZERO = Kind(
+    "a number from 0", lambda x: _is_number(x) and x >= 0, float, type=float, least=0.0
+)
+STEP_SIZE = Kind(
+    "'auto' or a number above 0",
+    lambda x: x == "auto" or ABOVE_ZERO.holds(x),
+    lambda text: text if text == "auto" else float(text),
+    "auto|X",
+)
+SWITCH = Kind("true or false", lambda x: isinstance(x, bool), bool, "", bool)
+NAMES = Kind("'auto' or a list of names of modules", _is_names, _names, "NAME[,NAME]", list)
+PATH = Kind("a path", lambda x: x is None or isinstance(x, (str, Path)), _path, "PATH")
+CANARIES = Kind(
+    "a file, or a list", lambda x: isinstance(x, (str, Path, list, tuple)), _path, "FILE"
+)
+
+
+def _setting(
+    default: Any,
+    kind: Kind,
+    help: str,
+    *,
+    flag: str | None = None,
+    serve: str | None = None,
+    audience: Audience = "operator",
+    reason: str = "",
+    metavar: str | None = None,
+    unset: str | None = None,
+) -> Any:
+    """A field of a group, see `Setting`."""
+    if unset is None:  # numbers as they are written, true and false as in JSON
+        unset = f"{default:g}" if _is_number(default) else str(default)
+        unset = unset.lower() if isinstance(default, bool) else unset
+    metadata = {
+        "kind": kind,
+        "help": help,
+        "flag": flag,
+        "serve": serve,
+        "audience": audience,
+        "reason": reason,
+        "metavar": kind.metavar if metavar is None else metavar,
+        "unset": unset,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """How a turn is computed. `presets.PAPER` holds the published values."""
+
+    lr: float | Literal["auto"] = _setting(
+        "auto",
+        STEP_SIZE,
+        "Step size; auto takes, for each edit, the one that removes the share `step` of its loss "
+        "to first order.",
+        flag="--lr",
+        serve="--edit-lr",
+    )
+    step: float = _setting(
+        0.4,
+        ABOVE_ZERO,
+        "Share of its loss that a step removes of an edit. Small steps disturb less and take more "
+        "rounds.",
+    )
+    rounds: int = _setting(
+        24,
+        _whole(1),
+        "Most steps per turn; it ends as soon as every edit holds.",
+        flag="--rounds",
+        serve="--edit-rounds",
+    )
+    ridge: float = _setting(1.0, ABOVE_ZERO, "λ of the ridge regression.")
+    # A serving engine rounds differently than the side pass, and a wider lead carries over to other
+    # phrasings.
+    margin: float = _setting(
+        4.2,
+        FROM_ZERO,
+        "Logits by which every target token must lead its runner-up for an edit to hold; an edit "
+        "that brings k rephrases is asked for 1 / (k + 1) of it.",
+        flag="--margin",
+    )
+    repairs: int = _setting(
+        200,
+        _whole(0),
+        "Most earlier edits and sampled texts that a turn checks at a time because it threatens "
+        "them, and as many earlier edits because it is their turn; those that broke are repaired.",
+        flag="--repairs",
+        serve="--edit-repairs",
+    )
+    batch_size: int = _setting(
+        32,
+        _whole(1),
+        "Sequences per forward pass, over whose answer tokens the loss is averaged.",
+        audience="researcher",
+        reason="the server takes as many sequences as fit a slice of work",
+    )
+    rounding: Literal["nearest", "stochastic"] = _setting(
+        "nearest",
+        _choice("nearest", "stochastic"),
+        "How changed weights are rounded to their dtype; the number of the turn is the seed.",
+    )
+
+
+@dataclass(frozen=True)
+class EditorSettings:
+    """What an editor changes, holds still, keeps and refuses."""
+
+    modules: Literal["auto"] | Sequence[str] = _setting(
+        "auto",
+        NAMES,
+        "Linear modules to edit, by dotted name.",
+        flag="--modules",
+        serve="--edit-modules",
+        unset="by model family and size",
+    )
+    anchors: int = _setting(
+        2000,
+        _whole(0),
+        "Texts sampled from the model whose outputs an edit must not move; 0 for nothing but the "
+        "locality prompts.",
+        flag="--anchors",
+        serve="--edit-anchors",
+    )
+    anchor_rows: int = _setting(
+        1024, _whole(1), "Rows that the anchors of a module are compressed to."
+    )
+    statistics: Literal["per-module", "per-shape"] = _setting(
+        "per-module",
+        _choice("per-module", "per-shape"),
+        "What the running statistics are kept for; per-shape is how the published scores were "
+        "made.",
+        audience="researcher",
+        reason="per-shape is there to repeat published scores",
+    )
+    append_eos: bool = _setting(
+        True,
+        SWITCH,
+        "Teach the model to stop after the target.",
+        audience="researcher",
+        reason="an edit of a server succeeds only if the model stops after its target",
+    )
+    state_dir: str | Path | None = _setting(  # noqa: RUF009
+        None,
+        PATH,
+        "Directory of the versions: they are kept here, and the last one goes on after a restart.",
+        serve="--state-dir",
+        metavar="DIR",
+        unset="versions end with the process",
+    )
+    keep: int = _setting(
+        100,
+        _whole(1),
+        "Newest versions in the state directory that can be returned to at least.",
+    )
+    writes: bool = _setting(
+        True,
+        SWITCH,
+        "Off: another editor of the same model writes the state directory, and this one makes each "
+        "change after it.",
+        audience="internal",
+        reason="the server knows which of its engines writes the state directory",
+    )
+    max_change: float = _setting(
+        2.0, ABOVE_ZERO, "Most that a turn may change a weight, as a share of its norm."
+    )
+    max_lost: float = _setting(
+        0.1,
+        ABOVE_ZERO,
+        "Most of the model's own texts, as a share, that a turn may make it continue otherwise.",
+    )
+    canaries: str | Path | Sequence[Mapping[str, Any]] = _setting(  # noqa: RUF009
+        (),
+        CANARIES,
+        'Prompts whose answer no turn may change: a JSON list of {"prompt", "answer"} or '
+        '{"prompt", "max_kl"}, or a file of one.',
+        serve="--edit-canaries",
+        unset="none",
+    )
+    continues: str | Path | None = _setting(  # noqa: RUF009
+        None,
+        PATH,
+        "File that was written with an edited checkpoint, whose stream of edits goes on.",
+        audience="internal",
+        reason="it is found beside the checkpoint",
+        unset="none",
+    )
+    seed: int = _setting(
+        0,
+        _whole(),
+        "Seed of the texts that are sampled as anchors.",
+        flag="--seed",
+        audience="researcher",
+        reason="engines that share a state directory must sample the same texts",
+    )
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """What a turn may take of a server."""
+
+    traffic: int = _setting(
+        0,
+        _whole(0),
+        "Keys per module of served prompts, never text, that are kept to hold still what the model "
+        "computes there.",
+        serve="--edit-traffic",
+        unset="none",
+    )
+    slice_ms: float = _setting(
+        4.0,
+        ABOVE_ZERO,
+        "Milliseconds that the engine may be kept from stepping at a time while a turn is "
+        "prepared.",
+        serve="--edit-slice-ms",
+        metavar="MS",
+    )
+    reset_prefix_cache: bool = _setting(
+        True,
+        SWITCH,
+        "Off: requests may go on with, and find, keys and values of the old weights.",
+    )
+    running_requests: Literal["keep", "wait"] = _setting(
+        "keep",
+        _choice("keep", "wait"),
+        "What a commit does that stales keys and values: requests under way are computed anew up "
+        "to where they are and go on (keep), or are waited for while new ones wait as well (wait).",
+    )
+    max_queue: int = _setting(
+        64,
+        _whole(1),
+        "Most changes under way or waiting in one API server; further ones get 429.",
+        serve="--edit-max-queue",
+    )
+
+
+@dataclass(frozen=True)
+class RouteSettings:
+    """What the routes of /v1/edits ask and take."""
+
+    without_key: bool = _setting(
+        False,
+        SWITCH,
+        "Serve although there is no key at all, so that everybody who reaches the port can change "
+        "the model.",
+        serve="--edit-without-key",
+    )
+    audit_prompts: bool = _setting(
+        True,
+        SWITCH,
+        "Whether audit lines hold prompts and targets; the flag keeps them out.",
+        serve="--edit-without-audit-prompts",
+    )
+    max_body_mib: int = _setting(
+        8, _whole(1), "Most MiB of a JSON body; larger ones get 413.", serve="--edit-max-body-mib"
+    )
+    max_delta_mib: int = _setting(
+        1024,
+        _whole(1),
+        "Most MiB of a delta file; larger ones get 413.",
+        serve="--edit-max-delta-mib",
+    )
+    max_edits: int = _setting(
+        256, _whole(1), "Most edits of one request; more get 400.", serve="--edit-max-edits"
+    )
+    max_prompts: int = _setting(
+        64,
+        _whole(1),
+        "Most prompts of one edit, with rephrases and locality; more get 400.",
+        serve="--edit-max-prompts",
+    )
+
+
+GROUPS: tuple[type, ...] = (MethodSettings, EditorSettings, ServingSettings, RouteSettings)
+
+
+TABLE: dict[str, Setting] = {
+    of.name: Setting(of.name, of.default, **of.metadata) for group in GROUPS for of in fields(group)
+}
+"""Name → setting."""
+
+
+def check(given: Mapping[str, Any], audience: Audience) -> None:
+    """Raise ValueError for a setting that is unknown, not the audience's to set, or badly set.
+
+    Args:
+        given: name → value.
+        audience: who gives them.
+    """
+    may = list(AUDIENCES)[: list(AUDIENCES).index(audience) + 1]
+    allowed = [name for name, setting in TABLE.items() if setting.audience in may]
+    for name, value in given.items():
+        if name not in TABLE:
+            raise ValueError(f"unknown setting {name}, expected {_nearest(name, allowed)}")
+        if name not in allowed:
+            raise ValueError(
+                f"setting {name} is not the {audience}'s: {TABLE[name].reason}; leave it out"
+            )
+        TABLE[name].check(value)
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, n=1)
+    return f"one of those in docs/settings.md; nearest is {close[0]}" if close else ", ".join(names)
+
+
+def only(given: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """Those of the given settings that belong to the groups."""
+    names = {of.name for group in groups for of in fields(group)}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def page() -> str:
+    """docs/settings.md: the table, by audience."""
+    parts = [
+        "# Settings",
+        "Written by `python -m ultraedit_kernels.settings > docs/settings.md`. An unknown or bad "
+        "setting stops the start, and the message says what was expected. Each audience may set "
+        "what those before it may.",
+    ]
+    for audience, what in AUDIENCES.items():
+        refused = audience != "operator"
+        columns = ["setting", "default", "flag", "", *["why a server refuses it"] * refused]
+        lines = [columns, ["---"] * len(columns)]
+        for name, setting in TABLE.items():
+            if setting.audience == audience:
+                commands = {"edit, eval": setting.flag, "serve": setting.serve}
+                of = [f"`{flag}` ({command})" for command, flag in commands.items() if flag]
+                cells = [f"`{name}`", setting.unset, ", ".join(of), setting.help]
+                lines.append([*cells, *[setting.reason] * refused])
+        parts += [f"## {audience.capitalize()}", what]
+        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
