@@ -112,7 +112,7 @@ def results(
     cases["llama"] = llama | {"refusals": True, "wrong": True}
 
     (root / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("twin_probe.py")
+    script = Path(__file__).parents[1] / "twin_probe.py"
     command = [sys.executable, str(script), str(root / "cases.json"), str(root / "results.json")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=root)
     return json.loads((root / "results.json").read_text())
@@ -191,17 +191,6 @@ def test_refuses_a_model_it_cannot_edit(results: Any, case: str, reason: str) ->
     ("case", "reason"),
     [
         ("quantised", "the model is quantised (fp8)"),
-        ("ipc", "ipc_cache"),
-        ("offload", "--cpu-offload-gb"),
-        ("prefetch", "offload group"),
-        ("freezing", "TORCHINDUCTOR_FREEZING"),
-        ("experts", "mixture-of-experts"),
-        ("longer", "model.layers.2."),
-        ("float8", "float8_e4m3fn"),
-        ("qweight", "mlp.down_proj.qweight (torch.float32) belongs to a quantised layer"),
-        ("weight_packed", "mlp.down_proj.weight_packed (torch.float32) belongs to a quantised"),
-        ("weight_scale", "mlp.down_proj.weight_scale (torch.float32) belongs to a quantised"),
-        ("shape", "keeps 1 of "),
         ("head", "packed copy of its weight"),
     ],
 )
