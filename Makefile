@@ -1,12 +1,13 @@
-# make install | demo | test | soak | bench | evaluate | aot | lint | clean          BACKEND=cpu (default) or cuda
+# make install | demo | test | soak | bench | evaluate | aot | lint | docs | clean          BACKEND=cpu (default) or cuda
 BACKEND ?= cpu
 PYTHON  ?= python3
 # PyPI's torch brings several GB of CUDA; the CPU build comes from PyTorch's own index.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+DOCS := build/docs-venv
 
-.PHONY: install demo test soak bench evaluate aot lint clean
+.PHONY: install demo test soak bench evaluate aot lint docs clean
 
 install: .venv/installed-$(BACKEND)
 
@@ -52,6 +53,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Pages of docs/ and of the docstrings, in build/docs. Reads the sources and imports nothing.
+docs: $(DOCS)/installed
+	$(DOCS)/bin/python -m mkdocs build --strict
+
+$(DOCS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' | xargs $(DOCS)/bin/python -m pip --disable-pip-version-check install -q
+	touch $@
 
 clean:
 	rm -rf .venv build build-aot build-evaluate build-soak dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

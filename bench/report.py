@@ -40,12 +40,13 @@ Row = dict[str, str]
 
 def read(folder: Path) -> dict[str, list[Row]]:
     """File stem → rows, of every machine's file; GPUs first."""
-    files = {path.stem: _rows(path) for path in sorted(folder.glob("*.csv"))}
+    files = {path.stem: rows_of(path) for path in sorted(folder.glob("*.csv"))}
     machines = {stem: rows for stem, rows in files.items() if rows and "benchmark" in rows[0]}
     return dict(sorted(machines.items(), key=lambda item: item[1][0]["device"] != "cuda"))
 
 
-def _rows(path: Path) -> list[Row]:
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a CSV file."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -258,7 +259,7 @@ def draw(results: dict[str, list[Row]], folder: Path) -> list[Path]:
             paths.append(path)
     lives = folder / "rounding.csv"
     if lives.exists():
-        paths.append(_draw_rounding(_rows(lives), folder / "rounding.svg"))
+        paths.append(_draw_rounding(rows_of(lives), folder / "rounding.svg"))
     return paths
 
 
@@ -357,10 +358,10 @@ def main() -> None:
     insert(options.page, "benchmarks", text)
     served = options.results / "serving.csv"
     if served.exists():
-        insert(options.page, "serving", serving_table(_rows(served)))
+        insert(options.page, "serving", serving_table(rows_of(served)))
     lives = options.results / "rounding.csv"
     if lives.exists() and options.results == RESULTS:
-        insert(ROOT / "bench" / "README.md", "rounding", rounding_table(_rows(lives)))
+        insert(ROOT / "bench" / "README.md", "rounding", rounding_table(rows_of(lives)))
     try:
         for path in draw(results, options.results):
             print(f"drawn: {path}")

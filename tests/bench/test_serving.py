@@ -95,7 +95,7 @@ def test_the_table_has_every_server_and_goes_into_the_page(tmp_path):
     ]
     path = tmp_path / "serving.csv"
     serving.write([row | about for row in rows], path)
-    text = report.serving_table(report._rows(path))
+    text = report.serving_table(report.rows_of(path))
     assert "| edited | 2,000 (1,990 to 2,010) | 1.000 (0.995 to 1.005) | 100.0% | 87.5% |" in text
     assert "| LoRA adapter | 1,000 (990 to 1,010) | 0.500 (0.495 to 0.505) |  |  |" in text
     for condition in (

@@ -43,6 +43,7 @@ class Statistics:
 
     @property
     def d_out(self) -> int:
+        """Width of the gradients."""
         return self.mean.numel() - self.d_in
 
     @property
