@@ -1,0 +1,98 @@
+"""`ultraedit edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ultraedit_kernels.cli.job import Job, check_folder, load, make, need_transformers
+from ultraedit_kernels.cli.options import (
+    Device,
+    Dtype,
+    Edits,
+    Limit,
+    Model,
+    Published,
+    TurnSize,
+    editor_settings,
+)
+from ultraedit_kernels.cli.show import ERR, OUT, print_verdict
+
+if TYPE_CHECKING:
+    from ultraedit_kernels.editor import Editor
+
+
+def edit(
+    model: Model,
+    edits: Edits,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", metavar="OUT_DIR", help="New or empty directory for the checkpoint."
+        ),
+    ],
+    delta: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the change by itself, to apply elsewhere."),
+    ] = None,
+    turn_size: TurnSize = None,
+    limit: Limit = None,
+    published: Published = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    *,
+    given: dict[str, Any],
+) -> None:
+    """Edit MODEL and write it to OUT_DIR, an ordinary checkpoint.
+
+    Editing OUT_DIR again continues its stream of edits. The exit status is 0 also if some edits do
+    not hold; they are listed.
+    """
+    need_transformers()
+    settings = editor_settings(given, published)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty directory; name a new one with -o")
+    if delta is not None:
+        check_folder(delta)
+        if delta.absolute().parent == out.absolute():
+            raise ValueError(
+                f"{delta} would lie beside the checkpoint's weights, where servers take it for "
+                "one of them; write the delta elsewhere"
+            )
+    job = load(model, edits, limit, dtype, device, settings)
+    out.mkdir(parents=True, exist_ok=True)
+
+    made = make(job, turn_size)
+    with ERR.status(f"writing {out}"):
+        _save(job, out)
+        if delta is not None:
+            _joined_delta(job.editor).save(delta)
+
+    print_verdict(job, made)
+    OUT.print(f"checkpoint: {out}", soft_wrap=True)
+    if delta is not None:
+        OUT.print(f"delta:      {delta}", soft_wrap=True)
+
+
+def _save(job: Job, out: Path) -> None:
+    from transformers import GenerationConfig
+
+    from ultraedit_kernels.method.memory import STREAM
+
+    # transformers refuses to write some generation settings that models ship with; they go along
+    # as they are.
+    shipped, job.model.generation_config = job.model.generation_config, GenerationConfig()
+    job.model.save_pretrained(out)
+    job.model.generation_config = shipped
+    shipped.to_json_file(out / "generation_config.json")
+    job.tokenizer.save_pretrained(out)
+    (out / STREAM).parent.mkdir()
+    job.editor.save_stream(out / STREAM)
+
+
+def _joined_delta(editor: Editor) -> Any:
+    from ultraedit_kernels.store.delta import EditDelta
+
+    return EditDelta.join([editor.delta(v) for v in range(1, editor.version + 1)])

@@ -1,0 +1,181 @@
+"""What the commands do alike: load the model, make all edits turn by turn."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ultraedit_kernels.cli.show import ERR, progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from ultraedit_kernels.editor import Editor, EditOutcome, TurnResult
+    from ultraedit_kernels.model.request import EditRequest
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command works with."""
+
+    name: str
+    edits_file: Path
+    model: Any
+    tokenizer: Any
+    requests: list[EditRequest]
+    editor: Editor
+    settings: dict[str, Any]
+    """As given to the Editor."""
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Made:
+    """All turns of a command."""
+
+    turns: list[TurnResult]
+    turn_size: int
+    seconds: float
+    """Of editing, with the sampling of the anchors; without loading, scoring and saving."""
+
+    @property
+    def outcomes(self) -> list[EditOutcome]:
+        """Of all edits, in their order."""
+        return [outcome for turn in self.turns for outcome in turn.edits]
+
+
+def need_transformers() -> None:
+    """Raise ImportError without it, and keep its notes to itself."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+def check_folder(file: Path) -> None:
+    """Raise ValueError unless the file can be written where it is to be."""
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"there is no directory {file.parent} to write {file.name} to; make it")
+    if file.is_dir():
+        raise ValueError(f"{file} is a directory, expected the name of a file")
+
+
+def load(
+    name: str,
+    edits_file: Path,
+    limit: int | None,
+    dtype: str,
+    device: str | None,
+    settings: dict[str, Any],
+) -> Job:
+    """Read the edits, load the model, and continue its stream of edits if it has one."""
+    import transformers
+    from safetensors import SafetensorError
+
+    from ultraedit_kernels.editor import Editor
+    from ultraedit_kernels.method.memory import STREAM
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(
+            f"{dtype!r}, expected auto, float32, bfloat16 or float16", param_hint="--dtype"
+        )
+    place = _device(device)
+    requests = read_edits(edits_file, limit)
+    local = Path(name).expanduser()
+    if not local.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no directory {name}; pass a Hugging Face directory or hub id")
+    if local.is_dir():  # bars are for downloads
+        transformers.logging.disable_progress_bar()
+    source = str(local) if local.is_dir() else name
+    ERR.print(f"loading {name} to {place}", soft_wrap=True)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(place)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load the model {name}: {error}") from error
+    stream = local / STREAM
+    edited_before = stream.exists()
+    if edited_before:
+        ERR.print(f"continuing the stream of {stream}", soft_wrap=True)
+    editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
+    return Job(name, edits_file, model, tokenizer, requests, editor, settings, place)
+
+
+def read_edits(file: Path, limit: int | None) -> list[EditRequest]:
+    """The first `limit` edits of the file; what it leaves out is a warning."""
+    from ultraedit_kernels.evaluation.loaders import load_edits
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        requests = load_edits(file)[:limit]
+    for warning in caught:
+        ERR.print(f"warning: {warning.message}", soft_wrap=True)
+    return requests
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        name = "cuda" if there else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # no such kind
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r}, expected cpu, cuda or cuda:N", param_hint="--device")
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise typer.BadParameter(
+            f"{name} is not there, this PyTorch sees {there} CUDA devices", param_hint="--device"
+        )
+    return device
+
+
+def make(job: Job, turn_size: int | None) -> Made:
+    """Make all edits, turn by turn."""
+    from ultraedit_kernels.evaluation.loaders import split_turns
+    from ultraedit_kernels.model.presets import PAPER_TURN_SIZE
+
+    size = turn_size or PAPER_TURN_SIZE
+    parts = list(split_turns(job.requests, size))
+    for number, part in enumerate(parts, start=1):  # before any work is done
+        with _names_turn(job, number, part):
+            job.editor.check(part)
+    turns: list[TurnResult] = []
+    done = held = 0
+    begun = time.perf_counter()
+    with ERR.status("sampling anchors"):
+        job.editor.prepare()
+    with progress() as bar:
+        task = bar.add_task("editing", total=len(job.requests))
+        for number, part in enumerate(parts, start=1):
+            with _names_turn(job, number, part):
+                turns.append(job.editor.apply(part))
+            done += len(part)
+            held += sum(outcome.succeeded for outcome in turns[-1].edits)
+            bar.update(
+                task,
+                completed=done,
+                description=f"turn {len(turns)} of {len(parts)}, {held} edits hold",
+            )
+    return Made(turns, size, time.perf_counter() - begun)
+
+
+@contextmanager
+def _names_turn(job: Job, number: int, part: list[EditRequest]) -> Iterator[None]:
+    """An error inside says which records of the file it is about."""
+    try:
+        yield
+    except ValueError as error:
+        first = next(i for i, request in enumerate(job.requests) if request is part[0])
+        raise ValueError(
+            f"turn {number}, records {first} to {first + len(part) - 1} of {job.edits_file}: "
+            f"{error}"
+        ) from error
