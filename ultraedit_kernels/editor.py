@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ultraedit_kernels.method import guards
 from ultraedit_kernels.method.guards import GuardError, Guards
 from ultraedit_kernels.method.memory import Memory, TurnMemory
+from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
-from ultraedit_kernels.method.turn import Settings, turn
+from ultraedit_kernels.method.settings import Settings
+from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.method.versions import Versions
 from ultraedit_kernels.model.encoding import Sequence, encode_edits
 from ultraedit_kernels.model.parallel import weight_of
@@ -152,7 +154,7 @@ class Editor:
         requests: Seq[EditRequest],
         commit: bool = True,
         note: dict[str, Any] | None = None,
-    ) -> Generator[str, None, TurnResult]:
+    ) -> Generator[Phase, None, TurnResult]:
         """As `apply`, as a generator that yields after every short slice of work.
 
         After it has yielded "record" it uses nothing of the model but the edited weights. A note,
@@ -191,7 +193,7 @@ class Editor:
                     raise
                 rejected = error.reason
             if commit:
-                yield "record"
+                yield Phase.RECORD
             clock.commits()
             delta = self.versions.change(done.delta, asdict(self.settings))
             if commit:
@@ -241,7 +243,7 @@ class Editor:
 
     def delta_steps(
         self, delta: EditDelta, note: dict[str, Any] | None = None
-    ) -> Generator[str, None, TurnResult]:
+    ) -> Generator[Phase, None, TurnResult]:
         """As `apply_delta`, as a generator like `steps`."""
         clock = Clock()
         delta.check_base(self.versions.base)
@@ -251,9 +253,9 @@ class Editor:
         try:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
-                yield "solve"
+                yield Phase.SOLVE
             measured = yield from self._measure(start)
-            yield "record"
+            yield Phase.RECORD
             left = self.memory.unchanged()
             self.versions.commit("delta", delta, left, (), measured, note)
         except BaseException:
@@ -322,7 +324,7 @@ class Editor:
         if not self.memory.recalled:
             self.versions.recall()
 
-    def _measure(self, start: Mapping[str, Tensor]) -> Generator[str, None, dict[str, float]]:
+    def _measure(self, start: Mapping[str, Tensor]) -> Generator[Phase, None, dict[str, float]]:
         """What the guards measure of the turn that led here; raises GuardError."""
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt
 from ultraedit_kernels.model.generation import generate
@@ -145,13 +146,13 @@ def relative_change(weight: Tensor, start: Tensor) -> float:
 
 def share_lost(
     model: nn.Module, texts: Seq[Sequence], modules: Seq[str], batch_size: int
-) -> Generator[str, None, float]:
+) -> Generator[Phase, None, float]:
     """Share of texts, of which the model was sure, whose greedy choice is another at some token."""
     lost = 0
     for i in range(0, len(texts), batch_size):
         captured = capture(model, texts[i : i + batch_size], modules, backward=False)
         lost += len(captured.owner[~(captured.margin > 0)].unique())
-        yield "capture"
+        yield Phase.CAPTURE
     return lost / len(texts) if texts else 0.0
 
 
@@ -207,7 +208,7 @@ class Guards:
         texts: Seq[Sequence],
         lost_before: float,
         batch_size: int,
-    ) -> Generator[str, None, dict[str, float]]:
+    ) -> Generator[Phase, None, dict[str, float]]:
         """Measure the turn that led from the weights `start` to those of now.
 
         Args:
@@ -227,20 +228,20 @@ class Guards:
             check_finite(**{f"edited {name}": weight})
             change = max(change, check_change(name, weight, start[name], self.max_change))
             total = max(total, relative_change(weight, self._pristine[name]))
-            yield "guard"
+            yield Phase.GUARD
         lost = yield from share_lost(self._model, texts, list(self._weights), batch_size)
         check_lost(lost, lost_before, self.max_lost)
         yield from self.check_canaries()
         return {"change": change, "total_change": total, "lost": lost}
 
-    def check_canaries(self) -> Generator[str, None, None]:
+    def check_canaries(self) -> Generator[Phase, None, None]:
         """Raise GuardError for the first canary that does not hold."""
         for i, canary in enumerate(self.canaries):
             if canary.answer is None:
                 self._check_distribution(i, canary)
             else:
                 self._check_answer(i, canary, canary.answer)
-            yield "capture"
+            yield Phase.CAPTURE
 
     def _check_distribution(self, i: int, canary: Canary) -> None:
         assert canary.reference is not None and canary.max_kl is not None

@@ -26,6 +26,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ultraedit_kernels.method.change import Turn
+from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import (
     HELD_WEIGHT,
     OWN_WEIGHT,
@@ -38,7 +40,6 @@ from ultraedit_kernels.method.protect import (
     own_texts,
 )
 from ultraedit_kernels.method.repair import Watch
-from ultraedit_kernels.method.turn import Turn
 from ultraedit_kernels.model import encoding
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.model.request import EditRequest
@@ -248,22 +249,22 @@ class Memory:
 
     def anchors_for(
         self, model: Any, tokenizer: Any, requests: Seq[EditRequest]
-    ) -> Generator[str, None, tuple[Anchors, Watch]]:
+    ) -> Generator[Phase, None, tuple[Anchors, Watch]]:
         """All anchors of a turn, and what is new in their watch: the prompts that the operator
         names. Their keys are protected in this turn; they are watched from now on."""
-        yield "anchors"
+        yield Phase.ANCHORS
         anchors, named = self.anchors, Watch.empty(self._weights)
         if self._traffic:
             anchors = anchors.hold(self._traffic, self._ridge, self._rows)
-            yield "anchors"
+            yield Phase.ANCHORS
         locality = list({str(p): p for r in requests for p in r.locality}.values())
         if locality:
             answers = own_answers(model, tokenizer, locality)
-            yield "anchors"
+            yield Phase.ANCHORS
             for texts, captured in captures(model, answers, list(self._weights)):
                 anchors = anchors.hold(captured.keys, self._ridge, self._rows)
                 named = named.join(Watch.of(captured, dict(enumerate(texts))))
-                yield "anchors"
+                yield Phase.ANCHORS
             anchors = replace(anchors, watch=anchors.watch.join(named))
         return anchors, named
 

@@ -60,7 +60,7 @@ class Anchors:
         return cls(keys, outputs, Watch.empty(weights))
 
     def like(self, weights: Mapping[str, Tensor]) -> Anchors:
-        """The same where the weights are, and with their precision."""
+        """The same anchors, on the devices of the weights and with their precision."""
         keys, outputs = (
             {name: rows.to(weights[name].device) for name, rows in shields.items()}
             for shields in (self.keys, self.outputs)
@@ -70,7 +70,14 @@ class Anchors:
     def hold(
         self, keys: Mapping[str, Tensor], ridge: float, limit: int, weight: float = 1.0
     ) -> Anchors:
-        """With further keys in the shields, module → [n, d_in], each weighing so much."""
+        """These anchors, with further keys in the shields.
+
+        Args:
+            keys: module → [n, d_in].
+            ridge: λ of the system that they are anchors in.
+            limit: rows that a module's shield may have.
+            weight: of each key.
+        """
         extended = {
             name: extend_shield(self.keys[name], weight * rows.to(self.keys[name]), ridge, limit)
             for name, rows in keys.items()
@@ -81,7 +88,15 @@ class Anchors:
 def own_anchors(
     model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
 ) -> Anchors:
-    """Anchors from texts that the model writes; what it is sure of in them is watched."""
+    """Anchors from texts that the model wrote; what it is sure of in them is watched.
+
+    Args:
+        model: the model.
+        texts: what it wrote, see `own_texts`.
+        weights: module → W [d_out, d_in].
+        ridge: λ of the ridge regression.
+        limit: rows that a module's shield may have.
+    """
     anchors = Anchors.empty(weights)
     keys, slopes = (
         {name: rows.float() for name, rows in none.items()}
@@ -114,7 +129,7 @@ def hold_edits(
     ridge: float,
     limit: int,
 ) -> Anchors:
-    """With edits that were made before, those that hold in the model as it is."""
+    """The anchors, with those of the edits that hold in the model as it is now."""
     for part, captured in captures(model, edits, modules):
         least = captured.margin.new_full((len(part),), torch.inf)
         holds = least.scatter_reduce(0, captured.owner, captured.margin, "amin") > 0

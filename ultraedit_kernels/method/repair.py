@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.shield import shielded
 from ultraedit_kernels.model import encoding
 from ultraedit_kernels.model.capture import Captured, capture
@@ -78,8 +79,13 @@ class Watch:
     def of(
         cls, captured: Captured, sequences: Mapping[int, Sequence], rows: Seq[int] | None = None
     ) -> Watch:
-        """Sequences of a captured batch, by their index in it, of whose tokens `rows` are kept, or
-        the weakest ones of each."""
+        """Watch sequences of a captured batch.
+
+        Args:
+            captured: the batch, with gradients.
+            sequences: those to watch, by their index in the batch.
+            rows: of the batch, the tokens to keep; by default the weakest ones of each sequence.
+        """
         if rows is None:
             kept = weakest(captured)
             rows = [row for i in sequences for row in kept[i]]
@@ -102,7 +108,7 @@ class Watch:
         return len(self.sequences)
 
     def join(self, other: Watch) -> Watch:
-        """With those of another."""
+        """These sequences, followed by those of another watch."""
 
         def joined(a: Tensor, b: Tensor) -> Tensor:
             return torch.cat([a, b.to(a.device, a.dtype)])
@@ -119,7 +125,7 @@ class Watch:
         )
 
     def without(self, dropped: Seq[int]) -> Watch:
-        """Without the sequences of these indices."""
+        """All but the sequences of these indices."""
         if not dropped:
             return self
         gone = set(dropped)
@@ -137,9 +143,13 @@ class Watch:
         )
 
     def measured(self, captured: Captured, index: Mapping[int, int], shift: Tensor) -> Watch:
-        """With the leads of a captured batch; `index` says which sequence is where in it.
+        """The same sequences, some of them with leads that were just measured.
 
-        The batch was run with a change of the leads by `shift` [r] that drift does not hold yet.
+        Args:
+            captured: a batch of some of them.
+            index: place in the batch → sequence.
+            shift: [r] first-order change of the leads when the batch was run, which is not part of
+                `drift` yet.
         """
         at = torch.full((len(self),), -1, device=self.owner.device)
         at[list(index.values())] = torch.tensor(list(index), dtype=at.dtype, device=at.device)
@@ -149,7 +159,7 @@ class Watch:
         return replace(self, lead=lead, drift=torch.where(at >= 0, -shift, self.drift))
 
     def with_leads(self, leads: Tensor) -> Watch:
-        """With lead and drift, [2, ≤ r], of the first tokens."""
+        """The same sequences, with other leads and drifts [2, ≤ r] of the first tokens."""
         lead, drift = (
             torch.cat([new.to(old), old[len(new) :]])
             for new, old in zip(leads, (self.lead, self.drift), strict=True)
@@ -175,15 +185,18 @@ class Watch:
         return shift
 
     def threat(self, shift: Tensor) -> Tensor:
-        """[w] largest share of a token's lead that is lost since it was measured, if the leads now
-        change by `shift` [r]; 1 where there was none to lose."""
+        """How much a change of the leads by `shift` [r] takes from each sequence, [w].
+
+        It is the largest share of a token's lead that is lost since it was measured; 1 where there
+        was none to lose.
+        """
         share = -(self.drift + shift) / self.lead.clamp_min(LEAST_LEAD)
         share = torch.where(self.lead > 0, share, 1.0)
         none = torch.zeros(len(self), device=shift.device)
         return none.scatter_reduce(0, self.owner, share, "amax")
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it as named tensors on the CPU, for a file."""
+        """The watch as named tensors on the CPU, for a file."""
         return {
             **encoding.to_tensors(self.sequences),
             "own": torch.tensor([self.own]),
@@ -197,7 +210,7 @@ class Watch:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Watch:
-        """What `tensors` gave. Raises KeyError if a part is missing."""
+        """The watch that `tensors` was called on. Raises KeyError if a part is missing."""
         keys, slopes = (
             {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)}
             for part in ("keys.", "slopes.")
@@ -208,7 +221,7 @@ class Watch:
 
 
 class Repairs:
-    """One turn's view of what is watched.
+    """What one turn checks, lets go and repairs of the sequences that are watched.
 
     Args:
         watch: what is watched.
@@ -247,7 +260,7 @@ class Repairs:
         self._asked: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
 
     def expect(self, captured: Captured) -> None:
-        """Note what the edits of the turn ask for where something else is said."""
+        """Note what the edits of the turn ask for, where the model says something else."""
         rows = (captured.margin < 0).nonzero().flatten()
         directions = self._directions(captured.keys, rows)
         self._asked.append((captured.rival[rows], captured.labels[rows], directions))
@@ -284,12 +297,12 @@ class Repairs:
 
     def check(
         self, model: nn.Module, modules: Seq[str], delta: Mapping[str, LowRank], batch_size: int
-    ) -> Generator[str, None, list[int]]:
-        """Run the sequences that the change threatens most through the model; those that broke, or
-        are about to.
+    ) -> Generator[Phase, None, list[int]]:
+        """Run the sequences that the change threatens most through the model.
 
-        One that gives way to what an edit says, at nearly its key, is taken for another way to ask
-        for that edit, not for damage, and is let go.
+        Returns the indices of those that broke, or are about to. One that gives way to what an edit
+        says, at nearly its key, is taken for another way to ask for that edit, not for damage, and
+        is let go.
         """
         shift = yield from self._shift(delta)
         threat = self.watch.threat(shift)
@@ -317,7 +330,7 @@ class Repairs:
                     asked = self._asked_for(captured, row, edit=i >= self.watch.own)
                     (self.released if asked else broken).append(i)
                 seen.add(i)
-            yield "capture"
+            yield Phase.CAPTURE
         self.broken += broken
         return broken
 
@@ -329,28 +342,28 @@ class Repairs:
 
     def settle(
         self, delta: Mapping[str, LowRank], batches: Seq[tuple[Captured, Mapping[int, int]]]
-    ) -> Generator[str, None, Watch]:
-        """What was watched before, with the leads that the turn leaves.
+    ) -> Generator[Phase, None, Watch]:
+        """What was watched before the turn, with the leads that the turn leaves.
 
         Args:
             delta: the whole change of the turn.
-            batches: the last capture, and which of `broken` is where in a batch; below 0, none.
+            batches: the batches that were captured last, each with the sequences that were
+                repaired, by their place in it.
         """
         if not self._budget:
             return self.watch
         shift = yield from self._shift(delta)
-        for captured, at in batches:
-            index = {i: self.broken[item] for i, item in at.items() if item >= 0}
+        for captured, index in batches:
             self.watch = self.watch.measured(captured, index, shift)
         # Only what is lost counts: a lead that seems to grow saturates.
         return replace(self.watch, drift=(self.watch.drift + shift).clamp_max(0.0))
 
-    def _shift(self, delta: Mapping[str, LowRank]) -> Generator[str, None, Tensor]:
+    def _shift(self, delta: Mapping[str, LowRank]) -> Generator[Phase, None, Tensor]:
         """[r] first-order change of the leads in this turn."""
         shift = torch.zeros_like(self.watch.lead)
         for name, factor in delta.items():
             shift += self.watch.shift(name, factor)
-            yield "solve"
+            yield Phase.SOLVE
         return shift
 
 

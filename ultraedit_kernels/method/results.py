@@ -7,7 +7,8 @@ from collections.abc import Generator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from ultraedit_kernels.method.turn import Turn
+from ultraedit_kernels.method.change import Turn
+from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.model.request import EditRequest, Prompt
 from ultraedit_kernels.store.delta import EditDelta
 
@@ -57,7 +58,7 @@ class Clock:
         self._begun = self._commit_begun = time.perf_counter()
         self._spent = {"capture": 0.0, "solve": 0.0}
 
-    def timed(self, work: Generator[str, None, Turn]) -> Generator[str, None, Turn]:
+    def timed(self, work: Generator[Phase, None, Turn]) -> Generator[Phase, None, Turn]:
         """The same work; notes the time of each slice under the phase that it yields."""
         while True:
             begun = time.perf_counter()
@@ -89,10 +90,10 @@ def outcomes_of(requests: Seq[EditRequest], result: Turn) -> tuple[EditOutcome, 
         EditOutcome(
             request.prompt,
             request.target,
-            result.holds[i],
-            result.rounds[i],
-            result.loss[i],
-            result.margin[i],
+            edit.holds,
+            edit.rounds,
+            edit.loss,
+            edit.margin,
         )
-        for i, request in enumerate(requests)
+        for request, edit in zip(requests, result.edits, strict=True)
     )

@@ -1,0 +1,90 @@
+"""What a turn changes, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ultraedit_kernels.method.goals import Taught
+from ultraedit_kernels.method.repair import Watch
+from ultraedit_kernels.method.settings import Settings
+from ultraedit_kernels.method.step import MAX_STEP, bounded
+from ultraedit_kernels.model.capture import Captured
+from ultraedit_kernels.model.parallel import norm, same
+from ultraedit_kernels.ops.operations import update_statistics
+from ultraedit_kernels.ops.statistics import Statistics
+from ultraedit_kernels.store.delta import LowRank
+
+
+class Change:
+    """The weights as a turn changes them, and the running statistics.
+
+    Args:
+        weights: module → W [d_out, d_in], changed in place; `start` is a copy of them.
+        start: what the turn begins with.
+        statistics: running statistics; `share[module]` names the ones that a module uses.
+        share: see there.
+        settings: of the turn.
+        number: of the turn, the seed of stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        start: Mapping[str, Tensor],
+        statistics: Mapping[str, Statistics],
+        share: Mapping[str, str],
+        settings: Settings,
+        number: int,
+    ) -> None:
+        self.weights, self.statistics = weights, dict(statistics)
+        self.delta = {n: LowRank.empty(w, settings.rounding, number) for n, w in weights.items()}
+        """Module → all that has been added to its weight."""
+        self._start, self._share, self._bounded = start, share, settings.lr == "auto"
+        self._limits = {name: MAX_STEP * norm(weight) for name, weight in start.items()}
+
+    def observe(self, batches: Seq[Captured]) -> dict[str, Statistics]:
+        """Merge captured rows into the statistics: module → those that it uses."""
+        for name in self.weights:
+            for batch in batches:
+                key, keys, grads = self._share[name], batch.keys[name], batch.grads[name]
+                self.statistics[key] = update_statistics(self.statistics[key], keys, grads)
+        return {name: self.statistics[self._share[name]] for name in self.weights}
+
+    def add(self, name: str, coeff: Tensor, keys: Tensor) -> None:
+        """Add coeffᵀ keys, [n, d_out] and [n, d_in], to a module's weight.
+
+        Steps that found their own size are bounded. The weight is written anew from its start, so
+        that a replay rounds once, as this does.
+        """
+        weight = self.weights[name]
+        if self._bounded:
+            coeff = bounded(coeff, keys, self._limits[name])
+        self.delta[name] = self.delta[name].append(same(weight, coeff), same(weight, keys))
+        self.delta[name].apply(weight.copy_(self._start[name]))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn did; the weights already hold it."""
+
+    edits: list[Taught]
+    delta: dict[str, LowRank]
+    statistics: dict[str, Statistics]
+    held: dict[str, Tensor]
+    """Module → keys [m, d_in] of the edits that hold, under the final weights."""
+    watch: Watch
+    """The edits that hold, to be watched from now on."""
+    watched: Watch
+    """What the anchors watch, with the leads that the turn leaves."""
+    released: list[int]
+    """Of the anchors' watch, the sequences to watch no longer."""
+    checked: int
+    """Watched sequences that were run through the model."""
+    broken: int
+    """Of them, those that had lost their lead."""
+    repaired: int
+    """Of these, those that have it again."""

@@ -1,0 +1,199 @@
+"""Goals: what a turn must make the model say, and what a pass through the model shows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ultraedit_kernels.method.phase import Phase
+from ultraedit_kernels.method.repair import SURE, Watch
+from ultraedit_kernels.method.step import Positions
+from ultraedit_kernels.model.capture import Captured, capture
+from ultraedit_kernels.model.encoding import Sequence
+
+LEAST_MARGIN = 1.0
+"""Logits that no number of rephrases makes up for: what an engine's rounding may take."""
+PATIENCE = 8
+"""Steps after which a repair that does not hold is given up: it is at odds with an edit."""
+
+
+@dataclass
+class Goal:
+    """An edit, in all its phrasings, or the repair of a watched sequence that the turn broke."""
+
+    wanted: float
+    """Logits by which every token must lead for the goal to hold."""
+    repairs: int | None = None
+    """The index of the watched sequence that is repaired; None for an edit."""
+    rounds: int = 0
+    """Steps that were taken for it."""
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it is left as it is."""
+        return self.repairs is not None and self.rounds >= PATIENCE
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What became of one edit."""
+
+    holds: bool
+    """Whether every target token leads by the wanted margin, in every phrasing."""
+    rounds: int
+    """Steps that were taken for it."""
+    loss: float
+    """Remaining cross entropy, nats, summed over its target tokens and phrasings."""
+    margin: float
+    """Least lead of a target token over the runner-up, logits."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences that were captured together."""
+
+    captured: Captured
+    sequences: list[Sequence]
+    goal_of: list[int]
+    """Per sequence, the goal that it belongs to."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one pass through the model shows of all goals."""
+
+    batches: list[Batch]
+    modules: list[str]
+    """In the order in which they are edited."""
+    positions: Positions
+    margin: Tensor
+    """[goals] least lead of a token, logits."""
+    loss: Tensor
+    """[goals] cross entropy, nats, summed over tokens and phrasings."""
+    objective: Tensor
+    """[goals] the same with the wanted margin taken off, see `capture.Captured`."""
+
+    @classmethod
+    def of(cls, batches: list[Batch], modules: list[str], goals: int) -> Round:
+        """What these batches show of so many goals."""
+        captured = [batch.captured for batch in batches]
+        goal_of = torch.tensor([goal for batch in batches for goal in batch.goal_of])
+        lengths = torch.cat([c.owner.bincount() for c in captured])
+        at = Positions(
+            goal_of.to(lengths.device).repeat_interleave(lengths),
+            torch.cat([torch.full_like(c.loss, len(c.loss)) for c in captured]),
+            goals,
+        )
+        margin = at.reduce(torch.cat([c.margin for c in captured]), "amin")
+        loss, objective = (
+            at.reduce(torch.cat(values), "sum")
+            for values in ([c.loss for c in captured], [c.objective for c in captured])
+        )
+        return cls(batches, modules, at, margin, loss, objective)
+
+    @property
+    def captured(self) -> list[Captured]:
+        """The batches as they were captured."""
+        return [batch.captured for batch in self.batches]
+
+    def keys(self) -> dict[str, Tensor]:
+        """Module → keys at all positions, [n, d_in]."""
+        return {n: torch.cat([c.keys[n] for c in self.captured]) for n in self.modules}
+
+    def grads(self) -> dict[str, Tensor]:
+        """Module → gradients at all positions, [n, d_out]."""
+        return {n: torch.cat([c.grads[n] for c in self.captured]) for n in self.modules}
+
+
+class Goals:
+    """The goals of a turn, edits first, and the sequences that they consist of.
+
+    Args:
+        sequences: what must be said, as tokens.
+        edit_of: per sequence, the edit that it teaches.
+        margin: the lead asked of an edit in one phrasing, logits.
+    """
+
+    def __init__(self, sequences: Seq[Sequence], edit_of: Seq[int], margin: float) -> None:
+        self._sequences, self._goal_of, self._margin = list(sequences), list(edit_of), margin
+        counts = [self._goal_of.count(edit) for edit in range(max(edit_of) + 1)]
+        self.edits = [Goal(wanted_margin(margin, phrasings)) for phrasings in counts]
+        self.repairs: list[Goal] = []
+
+    @property
+    def all(self) -> list[Goal]:
+        """Edits and repairs, in the order of `Round.margin`."""
+        return self.edits + self.repairs
+
+    def repair(self, broken: Seq[int], watch: Watch) -> None:
+        """Take on the watched sequences of these indices as further goals."""
+        for i in broken:
+            self._sequences.append(watch.sequences[i])
+            self._goal_of.append(len(self.all))
+            # An edit that broke once is as likely to break again as its lead is short.
+            self.repairs.append(Goal(SURE if i < watch.own else self._margin, repairs=i))
+
+    def capture(
+        self, model: nn.Module, modules: Seq[str], batch_size: int
+    ) -> Generator[Phase, None, Round]:
+        """Run all sequences through the model, and read the modules."""
+        batches, goals = [], self.all
+        for i in range(0, len(self._sequences), batch_size):
+            part, goal_of = self._sequences[i : i + batch_size], self._goal_of[i : i + batch_size]
+            margins = [goals[goal].wanted for goal in goal_of]
+            batches.append(Batch(capture(model, part, modules, margin=margins), part, goal_of))
+            yield Phase.CAPTURE
+        return Round.of(batches, list(modules), len(goals))
+
+    def hold(self, seen: Round) -> Tensor:
+        """[goals] bool: which of them hold, or are given up."""
+        goals, margin = self.all, seen.margin
+        holds = margin > margin.new_tensor([goal.wanted for goal in goals])
+        return holds | torch.tensor([goal.given_up for goal in goals], device=holds.device)
+
+    def count(self, steps: Tensor) -> None:
+        """Count a step for each goal that takes it, [goals] bool."""
+        for goal, takes in zip(self.all, steps.tolist(), strict=True):
+            goal.rounds += takes
+
+    def being_repaired(self, batch: Batch) -> dict[int, int]:
+        """Place in the batch → watched sequence, of those that are being repaired."""
+        goals = [self.all[goal] for goal in batch.goal_of]
+        return {j: goal.repairs for j, goal in enumerate(goals) if goal.repairs is not None}
+
+    def repaired(self, seen: Round) -> int:
+        """How many repairs lead again."""
+        return int((seen.margin[len(self.edits) :] > 0).sum())
+
+    def taught(self, seen: Round, holds: Tensor) -> list[Taught]:
+        """What became of each edit."""
+        of_all = zip(holds.tolist(), seen.loss.tolist(), seen.margin.tolist(), strict=True)
+        edits = zip(self.edits, of_all, strict=False)
+        return [Taught(held, edit.rounds, loss, margin) for edit, (held, loss, margin) in edits]
+
+    def held_keys(self, seen: Round, holds: Tensor) -> dict[str, Tensor]:
+        """Module → keys [m, d_in] of the edits that hold."""
+        goal = seen.positions.goal
+        held = holds[goal] & (goal < len(self.edits))
+        return {name: keys[held] for name, keys in seen.keys().items()}
+
+    def watch(self, seen: Round, holds: Tensor, weights: Mapping[str, Tensor]) -> Watch:
+        """The edits that hold, to be watched from now on; weights [d_out, d_in]."""
+        watch = Watch.empty(weights)
+        for batch in seen.batches:
+            new = {
+                j: batch.sequences[j]
+                for j, goal in enumerate(batch.goal_of)
+                if goal < len(self.edits) and holds[goal]
+            }
+            watch = watch.join(Watch.of(batch.captured, new))
+        return watch
+
+
+def wanted_margin(margin: float, phrasings: int) -> float:
+    """The lead asked of an edit that is taught in that many phrasings."""
+    return max(margin / phrasings, min(margin, LEAST_MARGIN))
