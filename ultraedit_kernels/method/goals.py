@@ -160,10 +160,13 @@ class Goals:
         for goal, takes in zip(self.all, steps.tolist(), strict=True):
             goal.rounds += takes
 
-    def being_repaired(self, batch: Batch) -> dict[int, int]:
-        """Place in the batch → watched sequence, of those that are being repaired."""
-        goals = [self.all[goal] for goal in batch.goal_of]
-        return {j: goal.repairs for j, goal in enumerate(goals) if goal.repairs is not None}
+    def repairs_in(self, seen: Round) -> list[tuple[Captured, dict[int, int]]]:
+        """Each batch, and for its repairs: place in the batch → watched sequence."""
+        goals, found = self.all, []
+        for batch in seen.batches:
+            repairs = [goals[goal].repairs for goal in batch.goal_of]
+            found.append((batch.captured, {j: i for j, i in enumerate(repairs) if i is not None}))
+        return found
 
     def repaired(self, seen: Round) -> int:
         """How many repairs lead again."""

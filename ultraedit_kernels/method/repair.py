@@ -259,11 +259,12 @@ class Repairs:
         self._said_at: dict[int, dict[str, Tensor]] = {}
         self._asked: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
 
-    def expect(self, captured: Captured) -> None:
+    def expect(self, *batches: Captured) -> None:
         """Note what the edits of the turn ask for, where the model says something else."""
-        rows = (captured.margin < 0).nonzero().flatten()
-        directions = self._directions(captured.keys, rows)
-        self._asked.append((captured.rival[rows], captured.labels[rows], directions))
+        for captured in batches:
+            rows = (captured.margin < 0).nonzero().flatten()
+            directions = self._directions(captured.keys, rows)
+            self._asked.append((captured.rival[rows], captured.labels[rows], directions))
 
     def _asked_for(self, captured: Captured, row: int, edit: bool) -> bool:
         """Whether the token at a row gives way to what an edit says at nearly that key.

@@ -35,3 +35,8 @@ class Settings:
     def closed_loop(self) -> bool:
         """Whether a turn looks at what its steps did."""
         return self.rounds > 1
+
+    @property
+    def most_checked(self) -> int:
+        """Most watched sequences to check at a time."""
+        return self.repairs if self.closed_loop else 0

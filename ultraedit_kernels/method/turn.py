@@ -47,17 +47,16 @@ def turn(
         anchors: what must be left as it is.
         number: of the turn, see `Change` and `Repairs`.
     """
-    size, budget = settings.batch_size, settings.repairs if settings.closed_loop else 0
+    size = settings.batch_size
     change = Change(weights, start, statistics, share, settings, number)
     goals = Goals(sequences, edit_of, settings.margin)
-    repairs = Repairs(anchors.watch, anchors.keys, sequences, budget, number)
+    repairs = Repairs(anchors.watch, anchors.keys, sequences, settings.most_checked, number)
     taken = 0
     while True:
         # One forward pass both judges the last step and captures the next one.
         seen = yield from goals.capture(model, list(weights), size)
         if taken == 0:
-            for captured in seen.captured:
-                repairs.expect(captured)
+            repairs.expect(*seen.captured)
         holds = goals.hold(seen)
         spent = taken == settings.rounds
         over = spent or (settings.closed_loop and bool(holds.all()))
@@ -73,8 +72,7 @@ def turn(
         steps = ~holds if settings.closed_loop else holds.new_ones(len(holds))
         goals.count(steps)
         yield from _step(change, seen, steps, anchors, settings)
-    again = [(batch.captured, goals.being_repaired(batch)) for batch in seen.batches]
-    watched = yield from repairs.settle(change.delta, again)
+    watched = yield from repairs.settle(change.delta, goals.repairs_in(seen))
     return Turn(
         edits=goals.taught(seen, holds),
         delta=change.delta,
