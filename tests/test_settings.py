@@ -111,7 +111,7 @@ def test_it_takes_a_good_value(name: str, value: Any) -> None:
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown setting ronds, .*nearest is rounds"):
+    with pytest.raises(ValueError, match=r"unknown setting ronds, .*nearest is rounds"):
         check({"ronds": 3}, "operator")
 
 
