@@ -165,6 +165,7 @@ def test_closing_ends_the_work_where_it_stands(model: Layers, where: str) -> Non
             torch.ones(3).sum()  # is not a place to stop at
             seen.append("put back")
 
+    others = set(threading.enumerate())
     slices = Slices(work(), model)
     reached = {"start": 0, "forward": 1, "backward": 2, "private": 3, "end": 4}[where]
     while len(seen) < reached and not slices.private:
@@ -172,7 +173,7 @@ def test_closing_ends_the_work_where_it_stands(model: Layers, where: str) -> Non
     if where == "end":
         in_slices(slices)
     slices.close()
-    assert not slices._thread.is_alive()
+    assert set(threading.enumerate()) <= others
     if where == "start":
         assert seen == []
     elif where in ("private", "end"):

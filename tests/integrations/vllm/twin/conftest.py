@@ -55,7 +55,7 @@ def served(llama: Any) -> Any:
             value = weight.clone()
         owner = core
         for part in [*path, module]:
-            if part not in owner._modules:
+            if part not in dict(owner.named_children()):
                 owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
         owner.register_parameter(leaf, nn.Parameter(value.detach(), requires_grad=False))
