@@ -337,7 +337,8 @@ def _finish(work: Generator[Any, None, T]) -> T:
         try:
             next(work)
         except StopIteration as done:
-            return done.value
+            result: T = done.value
+            return result
 
 
 def _check_settings(

@@ -65,7 +65,8 @@ class Clock:
             try:
                 phase = next(work)
             except StopIteration as done:
-                return done.value
+                finished: Turn = done.value
+                return finished
             self._spent[phase] += time.perf_counter() - begun
             yield phase
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import safetensors
 import safetensors.torch
@@ -23,12 +23,24 @@ import torch
 from torch import Tensor
 
 from ultraedit_kernels._version import __version__
-from ultraedit_kernels.model.parallel import ShardedWeight, whole
 from ultraedit_kernels.ops import checks
 from ultraedit_kernels.ops.operations import rank_k_update_
 
 FORMAT = "ultraedit-delta"
 FORMAT_VERSION = "1"
+
+
+class DividedWeight(Protocol):
+    """A weight [d_out, d_in] that is divided among processes."""
+
+    local: Tensor
+    """This process's part."""
+    shard: Any
+    """Cuts rows: `shard.part(rows, dim)` are the columns of rows [n, d] that belong to the part, d
+    being dimension `dim` of the weight."""
+
+    def whole(self) -> Tensor:
+        """All of it; to be called by all processes."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +79,13 @@ class LowRank:
         """The same on the CPU."""
         return replace(self, coeff=self.coeff.cpu(), keys=self.keys.cpu())
 
-    def apply(self, weight: Tensor) -> None:
+    def apply(self, weight: Tensor | DividedWeight) -> None:
         """W ← W + ΔW in place; of a divided weight, this rank's part.
 
         Raises:
             ValueError: stochastic rounding of a divided weight.
         """
-        if isinstance(weight, ShardedWeight):
+        if not isinstance(weight, Tensor):
             if self.rounding != "nearest":
                 raise ValueError(
                     f"the change is to be rounded {self.rounding!r}, but the weight is divided "
@@ -234,16 +246,17 @@ class EditDelta:
         return cls(factors, base, settings, metadata.get("library_version", "unknown"))
 
 
-def digest(weight: Tensor) -> str:
+def digest(weight: Tensor | DividedWeight) -> str:
     """SHA-256 of a weight's dtype, shape and bytes, hexadecimal; of a divided weight, the whole's,
     to be called on all ranks."""
-    plain = whole(weight).detach().cpu().contiguous()
+    whole = weight if isinstance(weight, Tensor) else weight.whole()
+    plain = whole.detach().cpu().contiguous()
     state = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)}".encode())
     state.update(plain.flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 
-def digest_all(weights: Mapping[str, Tensor]) -> str:
+def digest_all(weights: Mapping[str, Tensor | DividedWeight]) -> str:
     """SHA-256 of named weights, whatever their order, hexadecimal."""
     state = hashlib.sha256()
     for name, weight in sorted(weights.items()):
