@@ -48,7 +48,7 @@ class Versions:
         keep: int,
         writes: bool,
     ) -> None:
-        self._model, self._weights, self._memory = model, weights, memory
+        self._model, self._weights, self.memory = model, weights, memory
         self.pristine = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
         """Module → the untouched W [d_out, d_in], on the CPU."""
         self.base = {name: digest(weight) for name, weight in weights.items()}
@@ -96,7 +96,7 @@ class Versions:
 
     def recall(self) -> None:
         """Let the memory recall what the turns of the newest version must leave as it is."""
-        self._memory.recall(self._journal, self.newest)
+        self.memory.recall(self._journal, self.newest)
 
     def rollback(self, version: int) -> None:
         """See `Editor.rollback`."""
@@ -123,11 +123,11 @@ class Versions:
         """The second half of `rollback`: with the weights of `replay`, forget later versions."""
         with self._in_turn():
             self._journal.truncate(version)
-        self._memory.back_to(statistics)
+        self.memory.back_to(statistics)
 
     def replay(self, version: int) -> dict[str, Statistics]:
         """The first half of `rollback`: write the weights of a version. Returns its statistics."""
-        first, statistics = self._journal.start(version), self._memory.first_statistics
+        first, statistics = self._journal.start(version), self.memory.first_statistics
         if first:
             snapshot = self._journal.snapshot(first)
             self.write(snapshot.weights)
@@ -187,12 +187,12 @@ class Versions:
         }
         if note is not None:
             record["note"] = note
-        anchors = self._memory.after(left)
+        anchors = self.memory.after(left)
         entry = Entry(delta, *left.encode(), record)
         with self._in_turn():
             self._journal.append(entry)
         # The version exists now: nothing that follows may fail.
-        self._memory.take(left, anchors)
+        self.memory.take(left, anchors)
         if self._journal.snapshot_due:
             try:
                 with together(self._model):
@@ -202,7 +202,7 @@ class Versions:
 
     def _snapshot(self) -> None:
         weights = {name: whole(weight).cpu() for name, weight in self._weights.items()}
-        snapshot = self._memory.snapshot(weights)
+        snapshot = self.memory.snapshot(weights)
         with self._in_turn():
             self._journal.write_snapshot(snapshot)
 
