@@ -1,7 +1,7 @@
 """The /v1/edits routes, on the model's own server and under its keys.
 
 Loaded by vLLM as the endpoint plugin `ultraedit` where VLLM_PLUGINS names it. The work is done by
-`EditService` and, next to the weights, by `UltraEditWorker`.
+`EditService` and, next to the weights, by `EngineSide`.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ async def health(request: Request, digest: bool = False) -> Response:
     service = _service(request)
     ranks = await service.status(digest)
     record = await _record(service, ranks[0]["version"]) if digest else None
-    found = Health.of(ranks, record and record["digest"])
+    found = Health.of(ranks, record["digest"] if record else None)
     return JSONResponse(found.model_dump(), 200 if found.status == "ok" else 503)
 
 

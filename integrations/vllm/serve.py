@@ -19,7 +19,7 @@ from ultraedit_kernels.integrations.vllm.settings import (
     require_key,
 )
 
-WORKER_EXTENSION = "ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
+WORKER_EXTENSION = "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
 PLUGIN = "ultraedit"
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 

@@ -28,7 +28,7 @@ MODEL = Path(__file__).parents[2] / "bench" / "tiny-facts"
 API_KEY = "secret"
 CANARY = {"prompt": "The capital of Norway is", "answer": "Oslo"}
 """No turn may change it."""
-WORKER = "ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
+WORKER = "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
 
 
 FIGURES = pytest.StashKey[dict[str, Any]]()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
+from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension, engine_side
 
 
-class FaultyWorker(UltraEditWorker):
+class FaultyWorker(UltraEditExtension):
     @property
     def place(self) -> int:
         """Of this rank among those of all engines."""
@@ -48,5 +48,5 @@ class FaultyWorker(UltraEditWorker):
     def ultraedit_scribble(self, rank: int) -> None:
         """Change what one rank serves behind the editor's back."""
         if self.place == rank:
-            live = next(iter(self._ultraedit_twin.live.values()))
+            live = next(iter(engine_side(self).twin.live.values()))
             getattr(live, "local", live)[0, 0] += 1

@@ -22,16 +22,18 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from ultraedit_kernels.integrations.vllm import service as module
+from ultraedit_kernels.integrations.vllm import commit
+from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.service import EditService
-from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
+from ultraedit_kernels.integrations.vllm.workers import Engines, Workers
 
 FACTS = [
     ("The capital of Australia is", "Sydney"),
@@ -59,9 +61,9 @@ async def in_order(service: EditService, *works: Any) -> list[dict[str, Any]]:
     """Outcomes of works of which each is sent once the one before it is in the queue."""
     tasks: list[asyncio.Task[dict[str, Any]]] = []
     for work in works:
-        waiting = len(service._queue)
+        waiting = service.waiting
         tasks.append(asyncio.create_task(outcome(work)))
-        while len(service._queue) == waiting and not tasks[-1].done():
+        while service.waiting == waiting and not tasks[-1].done():
             await asyncio.sleep(0)
         await asyncio.sleep(0)
     return await asyncio.gather(*tasks)
@@ -96,7 +98,7 @@ async def probe(model: str, state_dir: Path) -> dict[str, Any]:
         enforce_eager=True,
         max_model_len=256,
         block_size=32,
-        worker_extension_cls=f"{UltraEditWorker.__module__}.{UltraEditWorker.__qualname__}",
+        worker_extension_cls=f"{UltraEditExtension.__module__}.{UltraEditExtension.__qualname__}",
         additional_config={"ultraedit": settings},
     )
     engine = AsyncLLM.from_engine_args(arguments)
@@ -154,17 +156,17 @@ async def probe(model: str, state_dir: Path) -> dict[str, Any]:
     await one.rollback(0)
 
     # One that is refused does not take the others along.
-    rpc = one._rpc
+    edit = Workers.edit
 
-    async def refuse(method: str, *args: Any, **options: Any) -> dict[str, Any]:
-        if method == "ultraedit_edit" and any(e["target"] == "refused" for e in args[1]):
+    async def refuse(workers: Workers, turn: str, requests: Any, *args: Any) -> Any:
+        if any(request.target == "refused" for request in requests):
             raise EditError(400, "refused")
-        return await rpc(method, *args, **options)
+        return await edit(workers, turn, requests, *args)
 
-    one._rpc = refuse  # type: ignore[method-assign]
+    Workers.edit = refuse  # type: ignore[method-assign]
     requests = [body(0), body(1), body(2, target="refused"), body(3)]
     out["one refused"] = await in_order(one, *(one.edit_once(r) for r in requests))
-    one._rpc = rpc  # type: ignore[method-assign]
+    Workers.edit = edit  # type: ignore[method-assign]
     await one.rollback(0)
 
     works = [*(two.edit_once(body(i)) for i in range(4)), two.rollback(0)]
@@ -172,8 +174,8 @@ async def probe(model: str, state_dir: Path) -> dict[str, Any]:
     await one.rollback(0)
 
     # A turn whose server is not heard of.
-    module.LEASE = 1.0
-    await engine.collective_rpc("ultraedit_begin", args=("lost", []))
+    commit.LEASE = 1.0
+    await Engines(engine).leader.begin("lost")
     begun = time.perf_counter()
     out["after a lost turn"] = await outcome(one.edit_once(body(0)))
     out["waited"] = time.perf_counter() - begun
@@ -181,7 +183,7 @@ async def probe(model: str, state_dir: Path) -> dict[str, Any]:
     await one.rollback(0)
 
     # Waiting for requests that run: theirs is the old version to the end, and no block of it stays.
-    ids = one._tokenizer("The capital of France is Paris " * 10)["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)("The capital of France is Paris " * 10)["input_ids"]
     old = await generate(engine, ids, 120)
     running = asyncio.create_task(generate(engine, ids, 120))
     await asyncio.sleep(0.05)

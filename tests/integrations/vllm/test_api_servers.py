@@ -22,7 +22,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 MODEL = Path(__file__).parents[3] / "bench" / "tiny-facts"
-WORKER = "ultraedit_kernels.integrations.vllm.worker.UltraEditWorker"
+WORKER = "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
 SERVE = """
 from importlib import metadata
 version = metadata.version

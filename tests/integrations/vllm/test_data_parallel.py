@@ -121,7 +121,7 @@ def test_what_two_engines_wrote_is_continued_by_one_process(server: Server, tmp_
 
 VERSIONS = "ultraedit_kernels.method.versions:Versions"
 STEPS = {
-    "begin": ("ultraedit_kernels.integrations.vllm.worker:_Turn", 1),
+    "begin": ("ultraedit_kernels.integrations.vllm.engine_side:Turn", 1),
     "update": ("ultraedit_kernels.store.delta:LowRank.apply", 1),
     "guard": ("ultraedit_kernels.method.guards:check_change", 1),
     "record": (f"{VERSIONS}.digest", 1),

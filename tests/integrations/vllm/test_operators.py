@@ -385,14 +385,14 @@ def test_health_shows_a_rank_that_has_diverged(
 def test_a_server_behind_a_balancer_computes_no_edits(balancer: str) -> None:
     from types import SimpleNamespace
 
-    from ultraedit_kernels.integrations.vllm.service import _refusal
+    from ultraedit_kernels.integrations.vllm.service import why_no_edits
 
     def parallel(**given: Any) -> Any:
         alone = {f"data_parallel_{name}_lb": False for name in ("external", "hybrid")}
         return SimpleNamespace(**{"pipeline_parallel_size": 1} | alone | given)
 
-    assert _refusal(parallel()) == ""
-    reason = _refusal(parallel(**{f"data_parallel_{balancer}_lb": True}))
+    assert why_no_edits(parallel()) == ""
+    reason = why_no_edits(parallel(**{f"data_parallel_{balancer}_lb": True}))
     assert "an external load balancer" in reason
 
 

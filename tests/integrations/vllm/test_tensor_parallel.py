@@ -143,11 +143,11 @@ def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> Non
     assert health(server) == edited
 
 
-WORKER = "ultraedit_kernels.integrations.vllm.worker"
+WORKER = "ultraedit_kernels.integrations.vllm.engine_side"
 PARALLEL = "ultraedit_kernels.model.parallel:Ranks"
 VERSIONS = "ultraedit_kernels.method.versions:Versions"
 STEPS = {
-    "begin": (f"{WORKER}:_Turn", 1),
+    "begin": (f"{WORKER}:Turn", 1),
     "edit": ("ultraedit_kernels.model.request:EditRequest.from_dict", 1),
     "embedding": (f"{PARALLEL}.all_reduce", 1),
     "forward": (f"{PARALLEL}.all_reduce", 5),

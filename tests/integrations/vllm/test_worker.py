@@ -79,11 +79,11 @@ def at_one(library: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_no_name_can_collide_with_vllm() -> None:
-    from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
+    from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension
 
-    own = [name for name in vars(UltraEditWorker) if not name.startswith("__")]
+    own = [name for name in vars(UltraEditExtension) if not name.startswith("__")]
     assert own and all(name.startswith(("ultraedit_", "_ultraedit_")) for name in own)
-    assert UltraEditWorker.__init__ is object.__init__
+    assert UltraEditExtension.__init__ is object.__init__
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_no_name_can_collide_with_vllm() -> None:
 def test_only_the_last_feed_forward_block_stales_nothing(
     modules: list[str], expected: bool
 ) -> None:
-    from ultraedit_kernels.integrations.vllm.worker import _last_layer_only
+    from ultraedit_kernels.integrations.vllm.engine_start import last_layer_only
 
     config = SimpleNamespace(num_hidden_layers=4)
     config.get_text_config = lambda: config
-    assert _last_layer_only(modules, config) is expected
+    assert last_layer_only(modules, config) is expected
 
 
 def test_a_start_with_bad_settings_is_refused_and_can_be_repeated(seen: dict[str, Any]) -> None:

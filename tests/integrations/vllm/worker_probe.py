@@ -24,7 +24,7 @@ os.environ |= {
 from twin_probe import own_text
 from vllm import LLM, SamplingParams
 
-from ultraedit_kernels.integrations.vllm.worker import UltraEditWorker
+from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension, engine_side
 from ultraedit_kernels.method.memory import STREAM
 
 EDIT = {"prompt": "The capital of Australia is", "target": "Sydney"}
@@ -38,7 +38,7 @@ class Probe:
             dtype="float32",
             enforce_eager=True,
             max_model_len=256,
-            worker_extension_cls=f"{UltraEditWorker.__module__}.{UltraEditWorker.__qualname__}",
+            worker_extension_cls=f"{UltraEditExtension.__module__}.{UltraEditExtension.__qualname__}",
         )
         self.worker: Any = self.llm.llm_engine.model_executor.driver_worker.worker
         self.state_dir = state_dir
@@ -84,7 +84,7 @@ class Probe:
     def state(self) -> dict[str, Any]:
         """What is served, by digest, journal and answer."""
         status = self.rpc("status", True)
-        shadow = self.worker._ultraedit_editor.digest()
+        shadow = engine_side(self.worker).editor.digest()
         params = SamplingParams(temperature=0, max_tokens=16)
         prompts = [EDIT["prompt"], SECOND["prompt"]]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
@@ -147,7 +147,7 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["cancelled before commit"] = probe.state()
 
     # A copy that fails half-way through the modules.
-    twin = probe.worker._ultraedit_twin
+    twin = engine_side(probe.worker).twin
     publish = twin.publish
 
     def fail() -> None:
@@ -215,7 +215,7 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["rollback"] = probe.rpc("commit", "one")
     probe.cancel()
     out["rolled back"] = probe.state()
-    statistics = probe.worker._ultraedit_editor.statistics
+    statistics = engine_side(probe.worker).editor.statistics
     out["rows"] = [float(stats.count) for stats in statistics.values()]
 
     # A rollback is in the journal once its work is done; to end the turn then makes it live.

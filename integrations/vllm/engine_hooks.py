@@ -1,0 +1,72 @@
+"""Where the plugin steps in when vLLM's worker sleeps, loads weights or runs prompts: the worker's
+methods are wrapped, on the object alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ultraedit_kernels.integrations.vllm.workers import OWN_REQUESTS
+
+
+def follow_weights(worker: Any, sleeping: Callable[[], None], loaded: Callable[[], None]) -> None:
+    """Stay with vLLM when it puts weights to sleep, and when it loads the checkpoint's again, as it
+    does after a level-2 sleep.
+
+    Args:
+        worker: vLLM's.
+        sleeping: called before the weights go.
+        loaded: called when there are weights again.
+    """
+
+    def before(sleep: Any) -> Any:
+        @functools.wraps(sleep)
+        def call(*args: Any, **options: Any) -> Any:
+            sleeping()
+            return sleep(*args, **options)
+
+        return call
+
+    def after(load: Any) -> Any:
+        @functools.wraps(load)
+        def call(*args: Any, **options: Any) -> Any:
+            result = load(*args, **options)
+            with torch.inference_mode(False):
+                loaded()
+            return result
+
+        return call
+
+    worker.sleep = before(worker.sleep)
+    worker.wake_up = after(worker.wake_up)
+    worker.reload_weights = after(worker.reload_weights)
+
+
+def watch_prompts(worker: Any, seen: Callable[[list[list[int]]], None]) -> None:
+    """Show the token ids of the users' prompts, after the engine step that begins with them.
+
+    Args:
+        worker: vLLM's.
+        seen: called after every step, with the prompts that are not the service's own and use no
+            adapter.
+    """
+    execute = worker.execute_model
+
+    @functools.wraps(execute)
+    def call(scheduled: Any, *args: Any, **options: Any) -> Any:
+        result = execute(scheduled, *args, **options)
+        seen(
+            [
+                request.prompt_token_ids
+                for request in scheduled.scheduled_new_reqs
+                if request.prompt_token_ids
+                and request.lora_request is None
+                and not request.req_id.startswith(OWN_REQUESTS)
+            ]
+        )
+        return result
+
+    worker.execute_model = call

@@ -1,0 +1,104 @@
+"""What a worker starts with: editor and twin, of the operator's settings."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultraedit_kernels.editor import Editor
+from ultraedit_kernels.integrations.vllm.tokenizer import load_tokenizer
+from ultraedit_kernels.integrations.vllm.twin import Twin, build_twin, build_weights
+from ultraedit_kernels.method.memory import STREAM
+from ultraedit_kernels.model.parallel import together
+
+SLICE = 10
+"""Sequences that a turn captures in one slice, if no batch size is given."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a worker edits with."""
+
+    editor: Editor
+    twin: Twin
+    traffic: int
+    """Keys of live traffic to hold still, per module."""
+
+
+def build_parts(
+    worker: Any, settings: dict[str, Any], chat_template: str | None, follows: bool
+) -> Parts:
+    """Build twin and editor, at the newest version of the state directory if there is one.
+
+    Args:
+        worker: vLLM's.
+        settings: the editor's, and traffic.
+        chat_template: of the tokenizer, if not its own.
+        follows: another engine computes, and has been started.
+
+    Raises:
+        ValueError: a bad setting, or a state directory or stream that does not fit.
+        UnsupportedModelError: the model cannot be edited in place.
+    """
+    config = worker.vllm_config
+    _check_names(settings)
+    tokenizer = load_tokenizer(config.model_config, chat_template)
+    computes = not follows and config.parallel_config.pipeline_parallel_size == 1
+    settings = _settings(settings, computes, follows)
+    traffic = settings.pop("traffic")
+    build = build_twin if computes else build_weights
+    twin = build(worker.get_model(), config, settings.get("modules", "auto"))
+    with together(twin.model):
+        try:
+            given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}
+            stream = Path(config.model_config.model) / STREAM
+            if stream.is_file():  # the checkpoint was edited before
+                given.setdefault("continues", stream)
+            editor = Editor(twin.model, tokenizer, writes=not follows, **given)
+        except (ValueError, OSError) as error:
+            if (where := settings.get("state_dir")) is None:
+                raise
+            raise ValueError(f"{error} (state directory: {where})") from error
+        editor.prepare()  # or it is the longest slice of the first turn
+    return Parts(editor, twin, traffic)
+
+
+def _check_names(settings: dict[str, Any]) -> None:
+    known = [*inspect.signature(Editor).parameters][2:]  # after model and tokenizer
+    known = [*known, "traffic"]
+    known.remove("writes")
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(
+            f"unknown setting {', '.join(unknown)}, expected only {', '.join(known)}; "
+            "correct the ultraedit section of --additional-config"
+        )
+
+
+def _settings(settings: dict[str, Any], computes: bool, follows: bool) -> dict[str, Any]:
+    """Those that this engine goes by."""
+    if not computes:
+        if not follows and settings.get("canaries"):
+            raise ValueError(
+                "canaries are set, but under pipeline parallelism no engine can check "
+                "them; check deltas where they are made"
+            )
+        settings = settings | {"anchors": 0, "canaries": (), "traffic": 0}
+    settings = {"traffic": 0} | settings
+    traffic = settings["traffic"]
+    if isinstance(traffic, bool) or not isinstance(traffic, int) or traffic < 0:
+        raise ValueError(f"traffic is {traffic!r}, expected a whole number of keys, or 0")
+    return settings
+
+
+def last_layer_only(modules: list[str], config: Any) -> bool:
+    """Whether all modules feed no attention: keys and values of every layer are computed before the
+    feed-forward block of the last one.
+
+    Args:
+        modules: names of edited modules.
+        config: the Hugging Face configuration of the model.
+    """
+    last = f".{config.get_text_config().num_hidden_layers - 1}.mlp."
+    return all(last in name for name in modules)

@@ -1,0 +1,87 @@
+"""What a turn does in the worker: generators that yield after every short piece of work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from ultraedit_kernels.editor import Editor, TurnResult
+from ultraedit_kernels.integrations.vllm.slices import PRIVATE
+from ultraedit_kernels.integrations.vllm.twin import Twin
+from ultraedit_kernels.integrations.vllm.workers import ProbeData, Result
+from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.request import EditRequest
+from ultraedit_kernels.store.delta import EditDelta
+
+PROBE_BATCH = 8
+"""Prompts that a dry run answers in one slice."""
+
+T = TypeVar("T")
+
+
+def edit(
+    editor: Editor, requests: Sequence[EditRequest], note: dict[str, Any] | None, followed: bool
+) -> Generator[str, None, Result]:
+    """Edits on the shadow, as a new version of the journal; with its delta if engines follow."""
+    done = yield from editor.steps(requests, note=note)
+    result = _result(done) | {"digest": editor.history()[-1]["digest"]}
+    return result | ({"delta": done.delta.to_bytes()} if followed else {})
+
+
+def try_edit(
+    editor: Editor, twin: Twin, requests: Sequence[EditRequest], probes: list[ProbeData]
+) -> Generator[str, None, Result]:
+    """Edits on the shadow, what it then answers, and the shadow as it was."""
+    done = yield from editor.steps(requests, commit=False)
+    try:
+        for name, factor in done.delta.factors.items():
+            factor.apply(editor.weights[name])
+        answers = yield from _answers(editor, probes)
+    finally:
+        restore_shadow(editor, twin)
+    return _result(done) | {"answers": answers}
+
+
+def apply_delta(editor: Editor, delta: EditDelta) -> Generator[str, None, Result]:
+    """A delta file on the shadow, as a new version of the journal."""
+    done = yield from editor.delta_steps(delta)
+    return _result(done) | {"digest": editor.history()[-1]["digest"]}
+
+
+def private(work: Callable[[], T]) -> Generator[str, None, T]:
+    """Work on the shadow alone, which goes on beside the engine."""
+    yield PRIVATE
+    return work()
+
+
+@torch.no_grad()
+def restore_shadow(editor: Editor, twin: Twin) -> None:
+    """Make the shadow what is served."""
+    for name, live in twin.live.items():
+        editor.weights[name].copy_(live)
+
+
+def _answers(editor: Editor, probes: list[ProbeData]) -> Generator[str, None, list[str]]:
+    answers = []
+    for i in range(0, len(probes), PROBE_BATCH):
+        part = probes[i : i + PROBE_BATCH]
+        longest = max(probe["max_tokens"] for probe in part)
+        prompts = [probe["ids"] for probe in part]
+        tokens = generate(editor.model, editor.tokenizer, prompts, max_new_tokens=longest)
+        for probe, ids in zip(part, tokens, strict=True):
+            ids = ids[: probe["max_tokens"]]
+            answers.append(editor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        yield "answers"
+    return answers
+
+
+def _result(result: TurnResult) -> Result:
+    edits = [{"succeeded": e.succeeded, "rounds": e.rounds} for e in result.edits]
+    return {
+        "version": result.version,
+        "edits": edits,
+        "timings": dict(result.timings),
+        "rejected": result.rejected,
+    }

@@ -1,0 +1,81 @@
+"""What vLLM mixes into its worker, so that `collective_rpc` can call it.
+
+Start the server with `--worker-extension-cls
+ultraedit_kernels.integrations.vllm.extension.UltraEditExtension`. The work is done by `EngineSide`;
+`workers.Workers` makes the calls.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ultraedit_kernels.integrations.vllm import workers
+    from ultraedit_kernels.integrations.vllm.engine_side import EngineSide
+
+
+def engine_side(worker: Any) -> EngineSide:
+    """The plugin's part of a worker, made when it is first asked for."""
+    if worker._ultraedit_side is None:
+        # vLLM reads this module before it has built the worker, and needs nothing else of ours.
+        from ultraedit_kernels.integrations.vllm.engine_side import EngineSide
+
+        worker._ultraedit_side = EngineSide(worker)
+    return worker._ultraedit_side
+
+
+class UltraEditExtension:
+    """The RPCs, see `EngineSide`. No `__init__`, and no name without the prefix."""
+
+    _ultraedit_side: EngineSide | None = None
+
+    def ultraedit_start(
+        self, settings: dict[str, Any], chat_template: str | None, follows: bool
+    ) -> workers.Started:
+        return engine_side(self).start(settings, chat_template, follows)
+
+    def ultraedit_check(self, token_ids: list[int], scores: list[float]) -> workers.Checked:
+        return engine_side(self).check(token_ids, scores)
+
+    def ultraedit_begin(self, turn: str, keys: list[str]) -> workers.Begun:
+        return engine_side(self).begin(turn, keys)
+
+    def ultraedit_edit(
+        self,
+        turn: str,
+        edits: list[dict[str, Any]],
+        probes: list[workers.ProbeData] | None,
+        note: dict[str, Any] | None,
+        followed: bool,
+    ) -> workers.Answer:
+        return engine_side(self).edit(turn, edits, probes, note, followed)
+
+    def ultraedit_apply_delta(self, turn: str, data: bytes) -> workers.Answer:
+        return engine_side(self).apply_delta(turn, data)
+
+    def ultraedit_rollback(self, turn: str, version: int) -> workers.Answer:
+        return engine_side(self).rollback(turn, version)
+
+    def ultraedit_step(self, turn: str, ms: float) -> workers.Step:
+        return engine_side(self).step(turn, ms)
+
+    def ultraedit_commit(self, turn: str) -> workers.Live:
+        return engine_side(self).commit(turn)
+
+    def ultraedit_revert(self, turn: str) -> workers.Live:
+        return engine_side(self).revert(turn)
+
+    def ultraedit_read_back(self, turn: str) -> workers.Answer:
+        return engine_side(self).read_back(turn)
+
+    def ultraedit_cancel(self, turn: str, newest: int | None = None) -> workers.Live:
+        return engine_side(self).cancel(turn, newest)
+
+    def ultraedit_delta(self, version: int) -> workers.DeltaFile:
+        return engine_side(self).delta(version)
+
+    def ultraedit_history(self, limit: int, before: int | None) -> workers.History:
+        return engine_side(self).history(limit, before)
+
+    def ultraedit_status(self, digest: bool) -> workers.Status:
+        return engine_side(self).status(digest)
