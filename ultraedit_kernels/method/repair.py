@@ -306,6 +306,23 @@ class Repairs:
         is let go.
         """
         shift = yield from self._shift(delta)
+        threatened = self._threatened(shift)
+        self.due, self.checked = self.due - 1, self.checked + len(threatened)
+        broken: list[int] = []
+        for start in range(0, len(threatened), batch_size):
+            part = threatened[start : start + batch_size]
+            sequences = [self.watch.sequences[i] for i in part]
+            captured = capture(model, sequences, modules, backward=False)
+            self.watch = self.watch.measured(captured, dict(enumerate(part)), shift)
+            for i, row in self._weak(captured, part).items():
+                asked = self._asked_for(captured, row, edit=i >= self.watch.own)
+                (self.released if asked else broken).append(i)
+            yield Phase.CAPTURE
+        self.broken += broken
+        return broken
+
+    def _threatened(self, shift: Tensor) -> list[int]:
+        """The sequences to check under a change of the leads by `shift` [r]."""
         threat = self.watch.threat(shift)
         threat[self.released + self.broken] = 0.0
         worst = [i for i in threat.argsort(descending=True).tolist() if threat[i] > THREAT]
@@ -315,25 +332,16 @@ class Repairs:
         threatened = [i for i in worst if first or i >= self.watch.own][: self._budget]
         if first:
             threatened += self._others_turn({*threatened, *self.released, *self.broken})
-        self.due, self.checked = self.due - 1, self.checked + len(threatened)
-        broken: list[int] = []
-        for start in range(0, len(threatened), batch_size):
-            part = threatened[start : start + batch_size]
-            sequences = [self.watch.sequences[i] for i in part]
-            captured = capture(model, sequences, modules, backward=False)
-            self.watch = self.watch.measured(captured, dict(enumerate(part)), shift)
-            seen = set()
-            leads = [WEAK_TEXT if i < self.watch.own else WEAK_EDIT for i in part]
-            least = captured.margin.new_tensor(leads)
-            for row in (captured.margin < least[captured.owner]).nonzero().flatten().tolist():
-                i = part[int(captured.owner[row])]
-                if i not in seen:  # its first weak token
-                    asked = self._asked_for(captured, row, edit=i >= self.watch.own)
-                    (self.released if asked else broken).append(i)
-                seen.add(i)
-            yield Phase.CAPTURE
-        self.broken += broken
-        return broken
+        return threatened
+
+    def _weak(self, captured: Captured, part: Seq[int]) -> dict[int, int]:
+        """The sequences of a batch with too short a lead → row of the first such token."""
+        leads = [WEAK_TEXT if i < self.watch.own else WEAK_EDIT for i in part]
+        weak = captured.margin < captured.margin.new_tensor(leads)[captured.owner]
+        rows: dict[int, int] = {}
+        for row in weak.nonzero().flatten().tolist():
+            rows.setdefault(part[int(captured.owner[row])], row)
+        return rows
 
     def _others_turn(self, left_out: set[int]) -> list[int]:
         """Edits to check though nothing threatens them; each has its turn within some turns."""

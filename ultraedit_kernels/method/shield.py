@@ -24,10 +24,11 @@ def sketch(rows: Tensor, limit: int) -> Tensor:
         return rows
     wide = rows.double()
     if limit == rows.shape[1]:  # nothing to drop
-        return torch.linalg.qr(wide, mode="r").R.to(rows.dtype).contiguous()
+        r: Tensor = torch.linalg.qr(wide, mode="r").R
+        return r.to(rows.dtype).contiguous()
     if len(rows) > rows.shape[1]:
         squares, directions = torch.linalg.eigh(wide.T @ wide)
-        best = squares.clamp_min(0).sqrt()[:, None] * directions.T
+        best: Tensor = squares.clamp_min(0).sqrt()[:, None] * directions.T
     else:
         squares, directions = torch.linalg.eigh(wide @ wide.T)
         best = directions.T @ wide

@@ -1,0 +1,98 @@
+"""Goals: which sequences a turn teaches or repairs, and what a pass shows of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ultraedit_kernels.method.goals import (
+    LEAST_MARGIN,
+    PATIENCE,
+    Batch,
+    Goals,
+    Round,
+    wanted_margin,
+)
+from ultraedit_kernels.method.repair import SURE, Watch
+from ultraedit_kernels.model.capture import Captured
+from ultraedit_kernels.model.encoding import Sequence
+
+SEQUENCES = [Sequence([1, i], [i, i + 1]) for i in range(4)]
+EDIT_OF = [0, 0, 1, 2]
+WEIGHTS = {"a": torch.zeros(3, 2)}
+
+
+def captured(margins: list[list[float]]) -> Captured:
+    """A batch whose sequences have tokens with these margins; loss and objective count rows."""
+    flat = torch.tensor([m for one in margins for m in one])
+    owner = torch.arange(len(margins)).repeat_interleave(torch.tensor([len(m) for m in margins]))
+    count = torch.arange(1.0, len(flat) + 1)
+    ids = torch.zeros_like(owner)
+    keys, grads = count[:, None] * torch.ones(2), count[:, None] * torch.ones(3)
+    return Captured({"a": keys}, {"a": grads}, owner, count, 2 * count, flat, ids, ids)
+
+
+def seen(goals: Goals, *margins: list[list[float]], goal_of: list[list[int]]) -> Round:
+    batches = [
+        Batch(captured(each), [SEQUENCES[i % 4] for i in of], of)
+        for each, of in zip(margins, goal_of, strict=True)
+    ]
+    return Round.of(batches, ["a"], len(goals.all))
+
+
+def watch(texts: int, edits: int) -> Watch:
+    """So many texts of the model's own, then earlier edits, of one token each."""
+    made = [Sequence([9], [i]) for i in range(texts + edits)]
+    owner, lead = torch.arange(len(made)), torch.ones(len(made))
+    keys, slopes = {"a": torch.zeros(len(made), 2)}, {"a": torch.zeros(len(made), 3)}
+    return Watch(made, texts, owner, 0 * owner, keys, slopes, lead, 0 * lead)
+
+
+def test_a_round_gathers_all_phrasings_of_a_goal_over_batches():
+    goals = Goals(SEQUENCES, EDIT_OF, 4.0)
+    found = seen(goals, [[3.0, 1], [2]], [[5, 4], [6.0]], goal_of=[[0, 0], [1, 2]])
+    assert found.positions.goal.tolist() == [0, 0, 0, 1, 1, 2]
+    assert found.positions.tokens.tolist() == [3] * 6
+    assert found.margin.tolist() == [1, 4, 6]
+    assert found.loss.tolist() == [6, 3, 3] and found.objective.tolist() == [12, 6, 6]
+    assert found.keys()["a"].shape == (6, 2) and found.grads()["a"].shape == (6, 3)
+
+
+def test_edits_hold_by_their_own_margins_and_repairs_are_given_up():
+    goals = Goals(SEQUENCES, EDIT_OF, 4.0)
+    assert [edit.wanted for edit in goals.edits] == [2, 4, 4]
+    goals.repair([1, 0], watch(texts=1, edits=1))
+    assert [goal.wanted for goal in goals.repairs] == [4, SURE]
+    assert [goal.repairs for goal in goals.all] == [None] * 3 + [1, 0]
+    found = seen(goals, [[2.5], [2.1], [3.9], [-1]], [[4.5], [-2]], goal_of=[[0, 0, 1, 2], [3, 4]])
+    assert goals.hold(found).tolist() == [True, False, False, True, False]
+    assert goals.repaired(found) == 1
+    assert [index for _, index in goals.repairs_in(found)] == [{}, {0: 1, 1: 0}]
+    for _ in range(PATIENCE):
+        goals.count(~torch.tensor([True, False, False, True, False]))
+    assert [goal.rounds for goal in goals.all] == [0, PATIENCE, PATIENCE, 0, PATIENCE]
+    assert goals.hold(found).tolist() == [True, False, False, True, True]  # edits are not
+
+
+def test_what_holds_is_kept():
+    goals = Goals(SEQUENCES, EDIT_OF, 4.0)
+    goals.repair([0], watch(texts=0, edits=1))
+    found = seen(goals, [[2.5, 3], [2.1]], [[3.9], [8, 9]], [[9.0]], goal_of=[[0, 0], [1, 2], [3]])
+    holds = goals.hold(found)
+    assert holds.tolist() == [True, False, True, True]
+    kept = goals.held_keys(found, holds)["a"]
+    assert kept[:, 0].tolist() == [1, 2, 3, 2, 3]
+    watched = goals.watch(found, holds, WEIGHTS)
+    assert watched.sequences == [SEQUENCES[0], SEQUENCES[0], SEQUENCES[2]]
+    assert watched.owner.tolist() == [0, 0, 1, 2, 2]
+    taught = goals.taught(found, holds)
+    assert [(one.holds, one.rounds) for one in taught] == [(True, 0), (False, 0), (True, 0)]
+    assert [one.margin for one in taught] == pytest.approx([2.1, 3.9, 8])
+    assert [one.loss for one in taught] == [6, 1, 5]
+
+
+def test_rephrases_lower_the_margin_that_is_asked_for():
+    assert wanted_margin(4.2, 1) == 4.2
+    assert wanted_margin(4.2, 2) == 2.1
+    assert wanted_margin(4.2, 100) == LEAST_MARGIN
+    assert wanted_margin(0.5, 100) == 0.5  # less is asked of all
