@@ -12,7 +12,7 @@ from tests.test_editor import AUSTEN, CHAT, SYDNEY, UNRELATED, answers, same, st
 from ultraedit_kernels import EditDelta, Editor, EditRequest
 from ultraedit_kernels.method import guards
 from ultraedit_kernels.method.guards import Canary, GuardError, load_canaries, relative_change
-from ultraedit_kernels.method.turn import Settings
+from ultraedit_kernels.method.settings import Settings
 from ultraedit_kernels.store.delta import LowRank
 
 NONSENSE = EditRequest("xxxxx", "qzj " * 30)

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from ultraedit_kernels.method.protect import SURE, Anchors, own_anchors, own_answers, own_texts
+from tests.method.small import MODULES as SMALL
+from tests.method.small import prompts, random_model, said, weights_of
+from ultraedit_kernels.method.protect import (
+    HELD_WEIGHT,
+    SURE,
+    Anchors,
+    hold_edits,
+    own_anchors,
+    own_answers,
+    own_texts,
+)
+from ultraedit_kernels.method.shield import extend_shield
 from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence
 
 MODULES = [f"model.layers.{i}.mlp.down_proj" for i in (2, 3)]
 
@@ -51,3 +63,38 @@ def test_held_keys_are_left_alone(model):
     for name, rows in keys.items():
         taken = rows.double() @ anchors.keys[name].T @ anchors.keys[name]
         assert torch.allclose(taken, rows.double(), atol=1e-4)
+
+
+def test_keys_weigh_as_much_as_they_are_given():
+    weights = {"a": torch.zeros(5, 9), "b": torch.zeros(5, 9)}
+    keys = torch.randn(3, 9, dtype=torch.float64)
+    first = Anchors.empty(weights)
+    held = first.hold({"a": keys}, ridge=0.5, limit=64, weight=2.0)
+    assert torch.equal(held.keys["a"], extend_shield(first.keys["a"], 2 * keys, 0.5, 64))
+    assert held.keys["b"].shape == (0, 9) and first.keys["a"].shape == (0, 9)
+    assert held.outputs["a"].shape == (0, 5) and held.watch is first.watch
+    few = held.hold({"a": torch.randn(30, 9)}, ridge=0.5, limit=4)
+    assert few.keys["a"].shape == (4, 9)
+
+
+def test_earlier_edits_are_anchors_if_they_hold():
+    model = random_model()
+    holds = said(model, prompts(3, seed=2), tokens=1)
+    lost = Sequence(holds[1].prompt_ids, [(holds[1].target_ids[0] + 1) % 64])
+    weights = weights_of(model)
+    edits = [holds[0], lost, holds[2]]
+    anchors = hold_edits(Anchors.empty(weights), model, edits, SMALL, ridge=1.0, limit=64)
+    assert anchors.watch.sequences == [holds[0], holds[2]] and anchors.watch.own == 0
+    kept = capture(model, [holds[0], holds[2]], SMALL, backward=False)
+    assert torch.allclose(anchors.watch.lead, kept.margin.float(), atol=1e-4)
+    expected = Anchors.empty(weights).hold(kept.keys, 1.0, 64, HELD_WEIGHT)
+    for name, rows in anchors.keys.items():
+        assert torch.allclose(rows.T @ rows, expected.keys[name].T @ expected.keys[name])
+
+
+def test_anchors_of_a_file_get_the_precision_of_the_weights():
+    weights = {"a": torch.zeros(5, 9, dtype=torch.bfloat16)}
+    wide = Anchors.empty({"a": torch.zeros(5, 9)}).hold({"a": torch.randn(2, 9)}, 1.0, 64)
+    like = wide.like(weights)
+    assert torch.equal(like.keys["a"], wide.keys["a"]) and like.keys["a"].dtype == torch.float64
+    assert like.watch.keys["a"].dtype == torch.bfloat16

@@ -9,7 +9,7 @@ import torch
 
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.repair import WEAK_EDIT, WEAK_TEXT, Repairs, Watch, weakest
-from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.capture import Captured, capture
 from ultraedit_kernels.model.encoding import Sequence, encode
 from ultraedit_kernels.store.delta import LowRank
 
@@ -164,3 +164,88 @@ def test_join_without_and_the_file_form(watch):
     assert [some.sequences[i] for i in some.owner.unique()] == some.sequences
     none = Watch.empty({name: torch.zeros(2, 3) for name in MODULES})
     assert len(Watch.from_tensors(none.tensors())) == 0
+
+
+def plain(leads: list[float], own: int = 0) -> Watch:
+    """Sequences of one token each; the change of one row moves the lead of one token alone."""
+    n = len(leads)
+    sequences = [Sequence([40 + i], [i]) for i in range(n)]
+    order, unit = torch.arange(n), torch.eye(n)
+    lead = torch.tensor(leads)
+    return Watch(
+        sequences, own, order, 0 * order, {"a": unit}, {"a": torch.ones(n, 2)}, lead, 0 * lead
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 50])  # the change itself is the smaller matrix, or is not
+def test_shift_is_the_slope_times_the_change_times_the_key(rank):
+    generator = torch.Generator().manual_seed(rank)
+    keys, slopes = (torch.randn(6, d, generator=generator) for d in (9, 5))
+    coeff, rows = (torch.randn(rank, d, generator=generator) for d in (5, 9))
+    watch = replace(plain([1.0] * 6), keys={"a": keys}, slopes={"a": slopes})
+    change = coeff.double().T @ rows.double()
+    expected = (slopes.double() * (keys.double() @ change.T)).sum(1)
+    got = watch.shift("a", LowRank(coeff, rows))
+    assert torch.allclose(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_threat_counts_what_is_lost_since_the_lead_was_measured():
+    watch = replace(plain([2.0, 2.0, 0.1, -1.0]), drift=torch.tensor([0.0, -0.5, 0.0, 0.0]))
+    shift = torch.tensor([-1.0, -0.5, -0.15, 5.0])
+    assert watch.threat(shift).tolist() == pytest.approx([0.5, 0.5, 0.5, 1.0])
+    two = replace(watch, sequences=watch.sequences[:2], owner=torch.tensor([0, 0, 1, 1]))
+    assert two.threat(shift).tolist() == pytest.approx([0.5, 1.0])
+
+
+def checked_of(repairs: Repairs, lost: list[float], monkeypatch) -> list[int]:
+    """What a look at the watch runs through the model, which lets nothing break."""
+    asked: list[int] = []
+
+    def nothing_breaks(_model, sequences, _modules, backward):
+        asked.extend(s.target_ids[0] for s in sequences)
+        n = len(sequences)
+        order, none = torch.arange(n), {"a": torch.zeros(n, 0)}
+        lead = torch.full((n,), 9.0)
+        return Captured(none, {}, order, lead, lead, lead, order, order)
+
+    monkeypatch.setattr("ultraedit_kernels.method.repair.capture", nothing_breaks)
+    rows = -torch.diag(torch.tensor(lost)) / 2
+    for _ in repairs.check(None, ["a"], {"a": LowRank(torch.ones(len(lost), 2), rows)}, 2):
+        pass
+    return asked
+
+
+def test_the_most_threatened_are_checked_and_edits_first(monkeypatch):
+    leads, lost = [4.0] * 6, [3.0, 0.1, 2.0, 1.0, 2.5, 0.2]
+    shields = {"a": torch.zeros(0, 6, dtype=torch.float64)}
+    repairs = Repairs(plain(leads, own=3), shields, [], budget=2, number=1)
+    # The two most threatened edits, then those whose turn it is: of three, every second.
+    assert checked_of(repairs, lost, monkeypatch) == [4, 3, 5]
+    assert repairs.checked == 3 and repairs.due == 2
+    # Their leads were measured, so that the same change threatens them no more; texts have no
+    # second look.
+    assert checked_of(repairs, lost, monkeypatch) == []
+    assert repairs.watch.lead.tolist() == [4, 4, 4, 9, 9, 9]
+    assert torch.allclose(repairs.watch.drift, torch.tensor([0, 0, 0, 1.0, 2.5, 0.2]))
+    texts = Repairs(plain(leads, own=6), shields, [Sequence([40], [1])], budget=3, number=1)
+    assert checked_of(texts, lost, monkeypatch) == [4, 2, 3]  # the first is taught anew
+    assert texts.released == [0]
+
+
+def test_settled_leads_lose_but_never_gain():
+    watch = plain([4.0, 4.0, 4.0])
+    repairs = Repairs(watch, {"a": torch.zeros(0, 3, dtype=torch.float64)}, [], budget=1)
+    change = {"a": LowRank(torch.ones(3, 2), torch.diag(torch.tensor([-0.5, 0.5, 1.0])))}
+    order, lead = torch.arange(1), torch.tensor([7.0])
+    again = Captured({}, {}, order, lead, lead, lead, order, order)
+    settle = repairs.settle(change, [(again, {0: 2})])
+    with pytest.raises(StopIteration) as done:
+        while True:
+            next(settle)
+    settled = done.value.value
+    assert settled.lead.tolist() == [4, 4, 7]
+    assert settled.drift.tolist() == [-1, 0, 0]
+    assert watch.lead.tolist() == [4, 4, 4]
+    given = watch.with_leads(torch.tensor([[1.0, 2.0], [-0.1, -0.2]]))
+    assert given.lead.tolist() == [1, 2, 4]
+    assert given.drift.tolist() == pytest.approx([-0.1, -0.2, 0])
