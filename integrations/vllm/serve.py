@@ -12,12 +12,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from ultraedit_kernels.integrations.vllm.settings import (
-    KEYS_VARIABLE,
-    RouteSettings,
-    edit_keys,
-    require_key,
-)
+from ultraedit_kernels.integrations.vllm.settings import KEYS_VARIABLE, edit_keys, require_key
+from ultraedit_kernels.settings import NAMES, SWITCH, TABLE, Setting, check
 
 WORKER_EXTENSION = "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
 PLUGIN = "ultraedit"
@@ -109,93 +105,16 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
-    parser.add_argument(
-        "--state-dir",
-        type=Path,
-        metavar="DIR",
-        help="keep the journal of edits here and serve its last version after a restart "
-        "(default: edits end with the server)",
-    )
-    parser.add_argument(
-        "--edit-modules",
-        nargs="+",
-        metavar="NAME",
-        help="linear modules to edit, e.g. model.layers.20.mlp.down_proj "
-        "(default: by model family and size)",
-    )
-    parser.add_argument(
-        "--edit-lr", type=_lr, metavar="LR", help='step size, or "auto" (default: auto)'
-    )
-    parser.add_argument(
-        "--edit-rounds",
-        type=_whole_number(1),
-        metavar="N",
-        help="rounds to try until every edit of a turn holds",
-    )
-    parser.add_argument(
-        "--edit-anchors",
-        type=_whole_number(0),
-        metavar="N",
-        help="texts sampled from the model whose outputs an edit must not move",
-    )
-    parser.add_argument(
-        "--edit-traffic",
-        type=_whole_number(1),
-        metavar="N",
-        help="keep N keys per module of the prompts that are served, never text, and hold still "
-        "what the model computes there (default: none)",
-    )
-    parser.add_argument(
-        "--edit-repairs",
-        type=_whole_number(0),
-        metavar="N",
-        help="most earlier edits and sampled texts that a turn checks at a time and repairs",
-    )
-    parser.add_argument(
-        "--edit-canaries",
-        type=Path,
-        metavar="FILE",
-        help='JSON list of {"prompt", "answer"} or {"prompt", "max_kl"} that no edit may break',
-    )
-    parser.add_argument(
-        "--edit-slice-ms",
-        type=_milliseconds,
-        metavar="MS",
-        help="how long the engine may be kept from stepping at a time while a turn is prepared "
-        "(default: 4)",
-    )
+    for setting in TABLE.values():
+        if setting.serve is not None:
+            parser.add_argument(setting.serve, dest=setting.name, **_option(setting))
     parser.add_argument(
         "--edit-api-key",
         nargs="+",
         metavar="KEY",
-        help="only these keys may use /v1/edits, and nothing else, whereas --api-key may not edit "
+        help="Only these keys may use /v1/edits, and nothing else, whereas --api-key may not edit "
         f"(default: ${KEYS_VARIABLE}, separated by commas; without one, --api-key may edit)",
     )
-    parser.add_argument(
-        "--edit-without-key",
-        action="store_true",
-        help="serve although there is no key at all, so that everybody who reaches the port can "
-        "change the model",
-    )
-    parser.add_argument(
-        "--edit-without-audit-prompts",
-        action="store_true",
-        help="keep prompts and targets out of the audit lines",
-    )
-    defaults = RouteSettings()
-    for option, default, what in (
-        ("body-mib", defaults.max_body_mib, "most MiB of a JSON body"),
-        ("delta-mib", defaults.max_delta_mib, "most MiB of a delta file"),
-        ("edits", defaults.max_edits, "most edits in one request"),
-        ("prompts", defaults.max_prompts, "most prompts of one edit, with rephrases and locality"),
-        ("queue", 64, "most changes that wait; further ones get 429"),
-    ):
-        parser.add_argument(
-            f"--edit-max-{option}",
-            type=_whole_number(1),
-            metavar="N",
-            help=f"{what} (default: {default})",
-        )
     # vLLM's, taken out because ours has to be merged with them or excludes them.
     hidden = argparse.SUPPRESS
     parser.add_argument("--additional-config", "--additional_config", help=hidden)
@@ -204,35 +123,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _lr(text: str) -> str | float:
-    if text == "auto":
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f'{text!r}, expected a number above 0 or "auto"')
-    return value
+def _option(setting: Setting) -> dict[str, Any]:
+    """How argparse is to read the setting, which is None if it is not given."""
+    kind, default = setting.kind, setting.default
+    if kind is SWITCH:
+        return {"action": "store_const", "const": not default, "help": setting.help}
 
+    def read(text: str) -> Any:
+        try:
+            value = kind.parse(text)
+        except ValueError:
+            value = None
+        if value is None or not kind.holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {kind.expected}")
+        return value
 
-def _milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
-    return value
-
-
-def _whole_number(least: int) -> Any:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from {least}")
-        return int(text)
-
-    return parse
+    told = {"metavar": setting.metavar, "help": f"{setting.help} (default: {setting.unset})"}
+    return told | ({"nargs": "+"} if kind is NAMES else {"type": read})
 
 
 def _check_elsewhere(theirs: list[str], config_file: str | None) -> set[str]:
@@ -285,25 +192,14 @@ def _additional_config(ours: argparse.Namespace) -> dict[str, Any]:
             f"--additional-config is {ours.additional_config}, expected a JSON object whose "
             f'"{PLUGIN}", if given, is an object'
         )
-    given = {
-        "state_dir": None if ours.state_dir is None else str(ours.state_dir.absolute()),
-        "modules": "auto" if ours.edit_modules == ["auto"] else ours.edit_modules,
-        "lr": ours.edit_lr,
-        "rounds": ours.edit_rounds,
-        "anchors": ours.edit_anchors,
-        "traffic": ours.edit_traffic,
-        "repairs": ours.edit_repairs,
-        "canaries": None if ours.edit_canaries is None else str(ours.edit_canaries.absolute()),
-        "slice_ms": ours.edit_slice_ms,
-        "without_key": ours.edit_without_key or None,
-        "audit_prompts": False if ours.edit_without_audit_prompts else None,
-        "max_body_mib": ours.edit_max_body_mib,
-        "max_delta_mib": ours.edit_max_delta_mib,
-        "max_edits": ours.edit_max_edits,
-        "max_prompts": ours.edit_max_prompts,
-        "max_queue": ours.edit_max_queue,
-    }
+    given = {name: value for name, value in vars(ours).items() if name in TABLE}
+    if given["modules"] is not None:
+        given["modules"] = NAMES.parse(",".join(given["modules"]))
     settings = settings | {name: value for name, value in given.items() if value is not None}
+    try:
+        check(settings, "operator")
+    except ValueError as error:
+        raise ServeError(f'the section "{PLUGIN}" of --additional-config: {error}') from error
     return config | {PLUGIN: settings}
 
 

@@ -13,6 +13,7 @@ import pytest
 from ultraedit_kernels.integrations.vllm import serve
 from ultraedit_kernels.integrations.vllm.serve import ServeError, server_command
 from ultraedit_kernels.integrations.vllm.settings import RouteSettings, edit_keys
+from ultraedit_kernels.settings import TABLE
 
 KEY = {"VLLM_API_KEY": "secret"}
 needs_vllm = pytest.mark.skipif(util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -191,6 +192,13 @@ def test_gpu_keeps_cuda_graphs(model: str, monkeypatch: pytest.MonkeyPatch) -> N
         (["--additional-config", '{"ultraedit": 1}'], '"ultraedit", if given, is an object'),
         (["--additional-config.x", "1"], "dotted form"),
         (["--config", "missing.yaml"], "cannot be read"),
+        (["--additional-config", '{"ultraedit": {"ronds": 1}}'], "ronds, .* nearest is rounds"),
+        (["--additional-config", '{"ultraedit": {"rounds": 0}}'], "rounds is 0, expected a whole"),
+        (["--additional-config", '{"ultraedit": {"traffic": -1}}'], "traffic is -1, expected"),
+        (["--additional-config", '{"ultraedit": {"max_queue": "8"}}'], "max_queue is '8', exp"),
+        (["--additional-config", '{"ultraedit": {"max_edits": 0}}'], "max_edits is 0, expected"),
+        (["--additional-config", '{"ultraedit": {"writes": false}}'], "writes is not the operator"),
+        (["--additional-config", '{"ultraedit": {"seed": 1}}'], "seed is not the operator's: eng"),
     ],
 )
 def test_refuses_options_that_contradict(model: str, options: list[str], message: str) -> None:
@@ -238,6 +246,31 @@ def test_refuses_values_out_of_range(
         server_command([model, *options], KEY)
     assert stop.value.code == 2
     assert f"argument {options[0]}" in capsys.readouterr().err
+
+
+def test_every_setting_with_a_flag_is_an_option(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "_vllm", lambda: ("vllm", "0.32.0"))
+    with pytest.raises(SystemExit):
+        server_command(["--help"], KEY)
+    told = capsys.readouterr().out.split()
+    for name, setting in TABLE.items():
+        if setting.serve is None:
+            assert f"--edit-{name.replace('_', '-')}" not in told
+            continue
+        assert setting.serve in told
+        other = {"--edit-lr": 0.5, "--edit-slice-ms": 0.5, "--edit-modules": ["a.b"]}
+        expected = other.get(setting.serve, 7)
+        if isinstance(setting.default, bool):
+            options, expected = [setting.serve], not setting.default
+        elif setting.serve in ("--state-dir", "--edit-canaries"):
+            options, expected = [setting.serve, "/x"], "/x"
+        else:
+            text = expected[0] if isinstance(expected, list) else str(expected)
+            options = [setting.serve, text]
+        command, _ = server_command([model, *options], KEY)
+        assert settings(command) == {"ultraedit": {name: expected}}
 
 
 def test_without_vllm(model: str, monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
