@@ -16,15 +16,14 @@ from ultraedit_kernels.method.guards import GuardError, Guards
 from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
-from ultraedit_kernels.method.settings import Settings
 from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.method.versions import Versions
 from ultraedit_kernels.model.encoding import Sequence, encode_edits
 from ultraedit_kernels.model.parallel import weight_of
 from ultraedit_kernels.model.presets import resolve_modules
 from ultraedit_kernels.model.request import EditRequest, check_turn
-from ultraedit_kernels.ops import checks
 from ultraedit_kernels.ops.statistics import Statistics
+from ultraedit_kernels.settings import EditorSettings, MethodSettings, check
 from ultraedit_kernels.store.delta import EditDelta
 
 __all__ = ["EditOutcome", "Editor", "TurnResult"]
@@ -40,7 +39,8 @@ class Editor:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
         modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
-        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see `turn.Settings`.
+        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see
+            `settings.MethodSettings`.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
             for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
@@ -76,34 +76,51 @@ class Editor:
         model: nn.Module,
         tokenizer: Any,
         *,
-        modules: Literal["auto"] | Seq[str] = "auto",
-        lr: float | Literal["auto"] = Settings.lr,
-        rounds: int = Settings.rounds,
-        anchors: int = 2000,
-        anchor_rows: int = 1024,
-        ridge: float = Settings.ridge,
-        step: float = Settings.step,
-        margin: float = Settings.margin,
-        repairs: int = Settings.repairs,
-        batch_size: int = Settings.batch_size,
-        rounding: Literal["nearest", "stochastic"] = Settings.rounding,
-        statistics: Literal["per-module", "per-shape"] = "per-module",
-        append_eos: bool = True,
-        state_dir: str | Path | None = None,
-        keep: int = 100,
-        writes: bool = True,
-        max_change: float = guards.MAX_CHANGE,
-        max_lost: float = guards.MAX_LOST,
-        canaries: str | Path | Seq[Mapping[str, Any]] = (),
-        continues: str | Path | None = None,
-        seed: int = 0,
+        modules: Literal["auto"] | Seq[str] = EditorSettings.modules,
+        lr: float | Literal["auto"] = MethodSettings.lr,
+        rounds: int = MethodSettings.rounds,
+        anchors: int = EditorSettings.anchors,
+        anchor_rows: int = EditorSettings.anchor_rows,
+        ridge: float = MethodSettings.ridge,
+        step: float = MethodSettings.step,
+        margin: float = MethodSettings.margin,
+        repairs: int = MethodSettings.repairs,
+        batch_size: int = MethodSettings.batch_size,
+        rounding: Literal["nearest", "stochastic"] = MethodSettings.rounding,
+        statistics: Literal["per-module", "per-shape"] = EditorSettings.statistics,
+        append_eos: bool = EditorSettings.append_eos,
+        state_dir: str | Path | None = EditorSettings.state_dir,
+        keep: int = EditorSettings.keep,
+        writes: bool = EditorSettings.writes,
+        max_change: float = EditorSettings.max_change,
+        max_lost: float = EditorSettings.max_lost,
+        canaries: str | Path | Seq[Mapping[str, Any]] = EditorSettings.canaries,
+        continues: str | Path | None = EditorSettings.continues,
+        seed: int = EditorSettings.seed,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.modules = resolve_modules(model, self.model.config, modules)
-        self.settings = Settings(lr, step, rounds, ridge, margin, repairs, batch_size, rounding)
+        self.settings = MethodSettings(
+            lr, step, rounds, ridge, margin, repairs, batch_size, rounding
+        )
         limits = {"max_change": max_change, "max_lost": max_lost}
-        _check_settings(self.settings, anchors, anchor_rows, statistics, keep, limits)
+        others = EditorSettings(
+            modules,
+            anchors,
+            anchor_rows,
+            statistics,
+            append_eos,
+            state_dir,
+            keep,
+            writes,
+            max_change,
+            max_lost,
+            canaries,
+            continues,
+            seed,
+        )
+        check(vars(self.settings) | vars(others), "internal")
+        self.modules = resolve_modules(model, self.model.config, modules)
         given = guards.load_canaries(canaries)
         self.weights = {name: weight_of(model.get_submodule(name)) for name in self.modules}
         self._append_eos = append_eos
@@ -339,32 +356,3 @@ def _finish(work: Generator[Any, None, T]) -> T:
         except StopIteration as done:
             result: T = done.value
             return result
-
-
-def _check_settings(
-    settings: Settings,
-    anchors: int,
-    rows: int,
-    statistics: str,
-    keep: int,
-    limits: Mapping[str, float],
-) -> None:
-    if settings.lr != "auto":
-        checks.positive("lr", settings.lr)
-    checks.positive("step", settings.step)
-    checks.positive("ridge", settings.ridge)
-    checks.rounding(settings.rounding, 0)
-    for name, value, least in (
-        ("rounds", settings.rounds, 1),
-        ("batch_size", settings.batch_size, 1),
-        ("repairs", settings.repairs, 0),
-        ("anchors", anchors, 0),
-        ("anchor_rows", rows, 1),
-        ("keep", keep, 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} is {value!r}, expected a whole number of at least {least}")
-    if statistics not in ("per-module", "per-shape"):
-        raise ValueError(f"statistics is {statistics!r}, expected 'per-module' or 'per-shape'")
-    for name, limit in limits.items():
-        checks.positive(name, limit)

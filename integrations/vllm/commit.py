@@ -8,8 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
@@ -26,11 +25,10 @@ from ultraedit_kernels.integrations.vllm.workers import (
     Workers,
 )
 from ultraedit_kernels.model.request import EditRequest
+from ultraedit_kernels.settings import ServingSettings
 
 logger = init_logger("vllm.ultraedit")
 
-SLICE_MS = 4.0
-"""Milliseconds of a turn's work between two engine steps."""
 STEPS = 3
 """Steps that an engine with requests makes between two slices, besides the one that it is at. Only
 so many of them are held up, and a commit, which holds up two, comes as seldom."""
@@ -46,43 +44,11 @@ BUSY = 0.05
 A = TypeVar("A", bound=Answer)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Of the service; those of the editor are the worker's."""
-
-    slice_ms: float = SLICE_MS
-    """How long the engine may be kept from stepping at a time while a turn is prepared."""
-    reset_prefix_cache: bool = True
-    """Off: requests may go on with, and find, keys and values of the old weights."""
-    running_requests: Literal["keep", "wait"] = "keep"
-    """What a commit does where it stales keys and values: requests under way are computed anew up
-    to where they are and go on, or are waited for, and new ones wait as well."""
-    max_queue: int = 64
-    """Most changes under way or waiting."""
-
-    @classmethod
-    def take(cls, settings: dict[str, Any]) -> Settings:
-        """Those out of all settings, which lose them. Raises ValueError for a bad one."""
-        names = [name for name in cls.__dataclass_fields__ if name in settings]
-        taken = cls(**{name: settings.pop(name) for name in names})
-        number = isinstance(taken.slice_ms, (int, float)) and not isinstance(taken.slice_ms, bool)
-        whole = isinstance(taken.max_queue, int) and not isinstance(taken.max_queue, bool)
-        for name, good, expected in (
-            ("slice_ms", number and taken.slice_ms > 0, "a number of milliseconds above 0"),
-            ("reset_prefix_cache", isinstance(taken.reset_prefix_cache, bool), "true or false"),
-            ("running_requests", taken.running_requests in ("keep", "wait"), '"keep" or "wait"'),
-            ("max_queue", whole and taken.max_queue > 0, "a whole number above 0"),
-        ):
-            if not good:
-                raise ValueError(f"{name} is {getattr(taken, name)!r}, expected {expected}")
-        return taken
-
-
 @asynccontextmanager
 async def take_turn(
     client: EngineClient,
     engines: Engines,
-    settings: Settings,
+    settings: ServingSettings,
     stales_cache: bool,
     keys: Sequence[str] = (),
 ) -> AsyncIterator[Turn]:
@@ -139,7 +105,7 @@ class Turn:
     """
 
     def __init__(
-        self, client: EngineClient, engines: Engines, settings: Settings, stales_cache: bool
+        self, client: EngineClient, engines: Engines, settings: ServingSettings, stales_cache: bool
     ) -> None:
         self._client, self._engines, self._settings = client, engines, settings
         self._holds = stales_cache and settings.reset_prefix_cache

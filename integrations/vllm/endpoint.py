@@ -45,7 +45,8 @@ from ultraedit_kernels.integrations.vllm.protocol import (
     error_response,
 )
 from ultraedit_kernels.integrations.vllm.service import EditService
-from ultraedit_kernels.integrations.vllm.settings import RouteSettings, edit_keys, require_key
+from ultraedit_kernels.integrations.vllm.settings import edit_keys, require_key
+from ultraedit_kernels.settings import RouteSettings, check, only
 
 logger = init_logger("vllm.ultraedit")
 
@@ -69,7 +70,8 @@ class UltraEditEndpoint:
         """Start the worker's side. Raises, so that the server does not start, if it refuses."""
         assert engine_client is not None  # only the render server, which lacks the task, has none
         section = engine_client.vllm_config.additional_config.get("ultraedit", {})
-        settings = RouteSettings.take(section)  # the worker would not know them
+        check(section, "operator")
+        settings = RouteSettings(**only(section, RouteSettings))
         api_keys = [key for key in args.api_key or [envs.VLLM_API_KEY] if key]
         own_keys = edit_keys(os.environ)
         require_key(own_keys or api_keys, settings.without_key)

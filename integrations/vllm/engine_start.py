@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ultraedit_kernels.integrations.vllm.tokenizer import load_tokenizer
 from ultraedit_kernels.integrations.vllm.twin import Twin, build_twin, build_weights
 from ultraedit_kernels.method.memory import STREAM
 from ultraedit_kernels.model.parallel import together
+from ultraedit_kernels.settings import EditorSettings, MethodSettings, check, only
 
 SLICE = 10
 """Sequences that a turn captures in one slice, if no batch size is given."""
@@ -34,7 +34,7 @@ def build_parts(
 
     Args:
         worker: vLLM's.
-        settings: the editor's, and traffic.
+        settings: the operator's; those of the editor, and `traffic`, are taken.
         chat_template: of the tokenizer, if not its own.
         follows: another engine computes, and has been started.
 
@@ -43,11 +43,12 @@ def build_parts(
         UnsupportedModelError: the model cannot be edited in place.
     """
     config = worker.vllm_config
-    _check_names(settings)
+    check(settings, "operator")
     tokenizer = load_tokenizer(config.model_config, chat_template)
     computes = not follows and config.parallel_config.pipeline_parallel_size == 1
     settings = _settings(settings, computes, follows)
-    traffic = settings.pop("traffic")
+    traffic = settings.get("traffic", 0)
+    settings = only(settings, MethodSettings, EditorSettings)
     build = build_twin if computes else build_weights
     twin = build(worker.get_model(), config, settings.get("modules", "auto"))
     with together(twin.model):
@@ -65,17 +66,6 @@ def build_parts(
     return Parts(editor, twin, traffic)
 
 
-def _check_names(settings: dict[str, Any]) -> None:
-    known = [*inspect.signature(Editor).parameters][2:]  # after model and tokenizer
-    known = [*known, "traffic"]
-    known.remove("writes")
-    if unknown := sorted(settings.keys() - set(known)):
-        raise ValueError(
-            f"unknown setting {', '.join(unknown)}, expected only {', '.join(known)}; "
-            "correct the ultraedit section of --additional-config"
-        )
-
-
 def _settings(settings: dict[str, Any], computes: bool, follows: bool) -> dict[str, Any]:
     """Those that this engine goes by."""
     if not computes:
@@ -85,10 +75,6 @@ def _settings(settings: dict[str, Any], computes: bool, follows: bool) -> dict[s
                 "them; check deltas where they are made"
             )
         settings = settings | {"anchors": 0, "canaries": (), "traffic": 0}
-    settings = {"traffic": 0} | settings
-    traffic = settings["traffic"]
-    if isinstance(traffic, bool) or not isinstance(traffic, int) or traffic < 0:
-        raise ValueError(f"traffic is {traffic!r}, expected a whole number of keys, or 0")
     return settings
 
 

@@ -28,11 +28,12 @@ from ultraedit_kernels.integrations.vllm.answers import (
     read_body,
     recorded_request,
 )
-from ultraedit_kernels.integrations.vllm.commit import Settings, Turn, take_turn
+from ultraedit_kernels.integrations.vllm.commit import Turn, take_turn
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.queue import Queue, Tasks, Waiting
 from ultraedit_kernels.integrations.vllm.tokenizer import load_tokenizer
 from ultraedit_kernels.integrations.vllm.workers import Engines, History, Result
+from ultraedit_kernels.settings import ServingSettings, check, only
 
 logger = init_logger("vllm.ultraedit")
 
@@ -49,7 +50,8 @@ class EditService:
         config = engine.vllm_config
         self._engine, self._engines, self._reader = engine, Engines(engine), Reader(engine)
         self._settings = dict(config.additional_config.get("ultraedit", {}))
-        self._own = Settings.take(self._settings)
+        check(self._settings, "operator")
+        self._own = ServingSettings(**only(self._settings, ServingSettings))
         self._max_length: int = config.model_config.max_model_len
         self._chat_template = load_chat_template(chat_template)
         self._tokenizer = load_tokenizer(config.model_config, self._chat_template)
@@ -245,7 +247,7 @@ class EditService:
         logger.info(
             "UltraEdit: %s: %d of %d edits succeeded, of %d requests",
             "dry run" if requests[0].dry_run else f"version {result['version']}",
-            sum(edit["succeeded"] for w, _ in rest for edit in w.answer["edits"]),  # type: ignore
+            sum(edit["succeeded"] for w, _ in rest for edit in w.answer["edits"]),
             first,
             len(rest),
         )

@@ -12,7 +12,7 @@ from tests.test_editor import AUSTEN, CHAT, SYDNEY, UNRELATED, answers, same, st
 from ultraedit_kernels import EditDelta, Editor, EditRequest
 from ultraedit_kernels.method import guards
 from ultraedit_kernels.method.guards import Canary, GuardError, load_canaries, relative_change
-from ultraedit_kernels.method.settings import Settings
+from ultraedit_kernels.settings import MethodSettings
 from ultraedit_kernels.store.delta import LowRank
 
 NONSENSE = EditRequest("xxxxx", "qzj " * 30)
@@ -61,7 +61,7 @@ def test_a_turn_that_wrecks_the_model_is_not_served(model, tokenizer):
     error = refused(editor, "max_change", lambda: editor.apply([NONSENSE]))
     assert error.got > error.limit == guards.MAX_CHANGE
     assert str(error).endswith(result.rejected)
-    editor.settings = Settings()
+    editor.settings = MethodSettings()
     assert editor.apply([SYDNEY]).edits[0].succeeded  # and the next turn is not held up
     assert answers(editor, UNRELATED) == list(UNRELATED.values())
 
@@ -76,7 +76,7 @@ def test_texts_of_its_own_stop_a_turn_that_small_norms_let_pass(model, tokenizer
 def test_losses_of_earlier_turns_are_not_counted_again(model, tokenizer):
     editor = Editor(model, tokenizer, anchors=50, max_change=1e6, max_lost=1.0, **RECKLESS)
     assert editor.apply([NONSENSE]).guards["lost"] > 0.1
-    editor.guards.max_lost, editor.settings = 0.1, Settings()
+    editor.guards.max_lost, editor.settings = 0.1, MethodSettings()
     assert editor.apply([SYDNEY]).version == 2
 
 

@@ -13,11 +13,11 @@ from ultraedit_kernels.method.change import Turn
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors, captures
 from ultraedit_kernels.method.repair import Watch
-from ultraedit_kernels.method.settings import Settings
 from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.ops.statistics import Statistics
+from ultraedit_kernels.settings import MethodSettings
 
 ASKED = prompts(4, seed=1)
 TAUGHT = [Sequence(p, t) for p, t in zip(ASKED, [[7, 8], [7, 8], [9, 10], [8, 7]], strict=True)]
@@ -34,7 +34,7 @@ def one_turn(
     model: Any,
     sequences: list[Sequence],
     edit_of: list[int],
-    settings: Settings,
+    settings: MethodSettings,
     anchors: Anchors | None = None,
     number: int = 1,
 ) -> tuple[list[Phase], Turn]:
@@ -64,7 +64,7 @@ def test_one_round_is_the_published_formula(model):
     before = {name: weight.clone() for name, weight in weights_of(model).items()}
     captured = capture(model, TAUGHT, MODULES)
     phases, result = one_turn(
-        model, TAUGHT, EDIT_OF, Settings(lr=lr, rounds=1, ridge=ridge, margin=0.0)
+        model, TAUGHT, EDIT_OF, MethodSettings(lr=lr, rounds=1, ridge=ridge, margin=0.0)
     )
     for name in MODULES:
         keys, grads = captured.keys[name], captured.grads[name]
@@ -82,7 +82,7 @@ def test_one_round_is_the_published_formula(model):
 
 
 def test_a_turn_ends_when_every_edit_holds(model):
-    settings = Settings(batch_size=3)
+    settings = MethodSettings(batch_size=3)
     _, result = one_turn(model, TAUGHT, EDIT_OF, settings)
     after = capture(model, TAUGHT, MODULES)
     least = [float(after.margin[after.owner == i].min()) for i in range(4)]
@@ -103,18 +103,18 @@ def test_what_holds_already_takes_no_step(model):
         key=lambda s: float(capture(model, [s], MODULES, backward=False).margin.min()),
     )
     margin = float(capture(model, [known], MODULES, backward=False).margin.min()) / 2
-    phases, result = one_turn(model, [known], [0], Settings(margin=margin))
+    phases, result = one_turn(model, [known], [0], MethodSettings(margin=margin))
     assert result.edits[0].holds and result.edits[0].rounds == 0
     assert all(len(factor.coeff) == 0 for factor in result.delta.values())
     assert phases.count(Phase.CAPTURE) == 1
-    _, result = one_turn(model, [known, TAUGHT[0]], [0, 1], Settings(margin=margin))
+    _, result = one_turn(model, [known, TAUGHT[0]], [0, 1], MethodSettings(margin=margin))
     assert result.edits[0].rounds < result.edits[1].rounds
 
 
 def test_edits_that_contradict_each_other_do_not_hold_and_are_not_kept(model):
     prompt = TAUGHT[0].prompt_ids
     sequences = [Sequence(prompt, [5]), Sequence(prompt, [6]), TAUGHT[2]]
-    settings = Settings(rounds=5)
+    settings = MethodSettings(rounds=5)
     _, result = one_turn(model, sequences, [0, 1, 2], settings)
     assert not (result.edits[0].holds and result.edits[1].holds)
     assert max(edit.rounds for edit in result.edits) == settings.rounds
@@ -130,7 +130,7 @@ def test_what_a_turn_breaks_it_repairs(model):
     lost = {}
     for repairs in (0, 200):
         model = random_model()
-        settings = Settings(repairs=repairs, margin=1.5)
+        settings = MethodSettings(repairs=repairs, margin=1.5)
         _, result = one_turn(model, TAUGHT[2:], [0, 1], settings, anchors)
         assert all(edit.holds for edit in result.edits)
         after = capture(model, texts, MODULES, backward=False).margin
@@ -150,7 +150,7 @@ def test_what_a_turn_breaks_it_repairs(model):
 def test_a_prompt_that_is_taught_anew_is_let_go(model):
     texts = said(model, prompts(3, 5))
     anew = Sequence(texts[1].prompt_ids, TAUGHT[0].target_ids)
-    _, result = one_turn(model, [anew], [0], Settings(), watching(model, texts, own=1))
+    _, result = one_turn(model, [anew], [0], MethodSettings(), watching(model, texts, own=1))
     assert 1 in result.released and result.edits[0].holds
 
 
@@ -160,7 +160,7 @@ def test_shielded_keys_keep_their_outputs(model):
     before = {name: weight.clone() for name, weight in weights.items()}
     keys = capture(model, texts, MODULES, backward=False).keys
     anchors = Anchors.empty(weights).hold(keys, 1e-6, 64)
-    _, result = one_turn(model, TAUGHT[2:], [0, 1], Settings(), anchors)
+    _, result = one_turn(model, TAUGHT[2:], [0, 1], MethodSettings(), anchors)
     assert all(edit.holds for edit in result.edits)
     for name, rows in keys.items():
         change = weights[name] - before[name]

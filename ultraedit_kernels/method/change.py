@@ -10,12 +10,12 @@ from torch import Tensor
 
 from ultraedit_kernels.method.goals import Taught
 from ultraedit_kernels.method.repair import Watch
-from ultraedit_kernels.method.settings import Settings
 from ultraedit_kernels.method.step import MAX_STEP, bounded
 from ultraedit_kernels.model.capture import Captured
 from ultraedit_kernels.model.parallel import norm, same
 from ultraedit_kernels.ops.operations import update_statistics
 from ultraedit_kernels.ops.statistics import Statistics
+from ultraedit_kernels.settings import MethodSettings
 from ultraedit_kernels.store.delta import LowRank
 
 
@@ -37,7 +37,7 @@ class Change:
         start: Mapping[str, Tensor],
         statistics: Mapping[str, Statistics],
         share: Mapping[str, str],
-        settings: Settings,
+        settings: MethodSettings,
         number: int,
     ) -> None:
         self.weights, self.statistics = weights, dict(statistics)

@@ -24,13 +24,14 @@ from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.parallel import ShardedWeight
 from ultraedit_kernels.model.request import Prompt
 from ultraedit_kernels.ops import checks
+from ultraedit_kernels.settings import EditorSettings
 from ultraedit_kernels.store.delta import EditDelta
 
-MAX_CHANGE = 2.0
+MAX_CHANGE = EditorSettings.max_change
 """Most that a turn may change a weight: ‖W - W_start‖ / ‖W_start‖, Frobenius norms. On the bundled
 model, whose weights are small for what they hold, turns of one edit changed at most 0.26, of 20
 edits 0.72, of 100 edits 1.44; a step size out of place, 6.8 and 22."""
-MAX_LOST = 0.1
+MAX_LOST = EditorSettings.max_lost
 """Most of the model's own texts that a turn may make it continue otherwise, as a share. There, the
 same turns of edits that hold lost at most 0.015, the others 0.71 and 1."""
 OWN_TEXTS = 128

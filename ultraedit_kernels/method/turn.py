@@ -15,11 +15,11 @@ from ultraedit_kernels.method.goals import Goals, Round
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.repair import Repairs
-from ultraedit_kernels.method.settings import Settings
 from ultraedit_kernels.method.shield import System
 from ultraedit_kernels.method.step import descending, enlarged, free_values, sized
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.ops.statistics import Statistics
+from ultraedit_kernels.settings import MethodSettings
 
 REPAIR_ROUNDS = 2
 """Steps kept for repairs, if not every edit holds before."""
@@ -34,7 +34,7 @@ def turn(
     statistics: Mapping[str, Statistics],
     share: Mapping[str, str],
     anchors: Anchors,
-    settings: Settings,
+    settings: MethodSettings,
     number: int,
 ) -> Generator[Phase, None, Turn]:
     """Step until every edit holds, changing `weights` in place; yields after each slice of work.
@@ -88,7 +88,7 @@ def turn(
 
 
 def _step(
-    change: Change, seen: Round, steps: Tensor, anchors: Anchors, settings: Settings
+    change: Change, seen: Round, steps: Tensor, anchors: Anchors, settings: MethodSettings
 ) -> Generator[Phase, None, None]:
     """Change the weights by one step of the goals that take it, `steps` [goals] bool."""
     # Statistics over all positions, then the output shift wanted at each of them.

@@ -12,8 +12,8 @@ import pytest
 
 from ultraedit_kernels.integrations.vllm import serve
 from ultraedit_kernels.integrations.vllm.serve import ServeError, server_command
-from ultraedit_kernels.integrations.vllm.settings import RouteSettings, edit_keys
-from ultraedit_kernels.settings import TABLE
+from ultraedit_kernels.integrations.vllm.settings import edit_keys
+from ultraedit_kernels.settings import TABLE, RouteSettings, check, only
 
 KEY = {"VLLM_API_KEY": "secret"}
 needs_vllm = pytest.mark.skipif(util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -101,7 +101,9 @@ def test_own_options_become_editor_settings(model: str, monkeypatch: pytest.Monk
     routes = {"max_edits": 9, "audit_prompts": False}
     assert settings(command) == {"ultraedit": expected | routes}
     assert expected.keys() <= inspect.signature(Editor).parameters.keys()
-    assert RouteSettings.take(routes) == RouteSettings(max_edits=9, audit_prompts=False)
+    assert RouteSettings(**only(expected | routes, RouteSettings)) == RouteSettings(
+        max_edits=9, audit_prompts=False
+    )
     assert command[-2:] == ["--port", "1234"]
 
 
@@ -375,4 +377,4 @@ def test_refuses_a_key_that_no_header_or_variable_can_hold(model: str, key: str)
 )
 def test_refuses_a_bad_setting_of_the_routes(setting: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"setting {next(iter(setting))} is .*, expected"):
-        RouteSettings.take(setting)
+        check(setting, "operator")

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from ultraedit_kernels.settings import EditorSettings, MethodSettings, ServingSettings, check, only
+
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
@@ -130,15 +132,12 @@ def test_running_requests_are_waited_for_if_so_set(seen: dict[str, Any]) -> None
     ],
 )
 def test_bad_settings_are_refused(setting: dict[str, Any]) -> None:
-    from ultraedit_kernels.integrations.vllm.service import Settings
-
     with pytest.raises(ValueError, match=f"{next(iter(setting))} is .*, expected"):
-        Settings.take(dict(setting))
+        check(setting, "operator")
 
 
 def test_settings_are_taken_out_of_the_editor_s() -> None:
-    from ultraedit_kernels.integrations.vllm.service import Settings
-
     given = {"anchors": 3, "slice_ms": 2.5, "running_requests": "wait"}
-    assert Settings.take(given) == Settings(slice_ms=2.5, running_requests="wait")
-    assert given == {"anchors": 3}
+    own = ServingSettings(**only(given, ServingSettings))
+    assert own == ServingSettings(slice_ms=2.5, running_requests="wait")
+    assert only(given, MethodSettings, EditorSettings) == {"anchors": 3}
