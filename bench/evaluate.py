@@ -38,7 +38,7 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -400,7 +400,7 @@ def stream_scores(
                 seconds.append(time.perf_counter() - begun)
                 done += len(turn)
                 if variant == "statistics frozen" and len(seconds) == FREEZE_AFTER:
-                    _freeze(editor)
+                    freeze(editor.statistics)
                 for point in [p for p in points if done - len(turn) < p <= done]:
                     rows += [
                         {
@@ -430,9 +430,9 @@ def _asked(whole: Subject, points: Sequence[int], scale: Scale) -> dict[int, dic
     asked: dict[int, dict[str, Subject]] = {}
     for point in points:
         done = whole.requests[:point]
-        parts = {"all so far": _last_targets(done, scale.sample), f"first {first}": done[:first]}
+        parts = {"all so far": last_targets(done, scale.sample), f"first {first}": done[:first]}
         if point == points[-1]:
-            parts["edited again"] = _edited_again(done)
+            parts["edited again"] = edited_again(done)
         for name, part in parts.items():
             if not part:
                 continue
@@ -461,13 +461,14 @@ def _taught(request: EditRequest) -> tuple[Prompt, ...]:
     return (request.prompt, *request.rephrases)
 
 
-def _last_targets(requests: Sequence[EditRequest], most: int) -> list[EditRequest]:
+def last_targets(requests: Sequence[EditRequest], most: int) -> list[EditRequest]:
     """The edits that are to hold, of a fact edited twice the last one; at most so many, drawn."""
     last = list({json.dumps(request.prompt): request for request in requests}.values())
     return random.Random(len(requests)).sample(last, min(most, len(last)))
 
 
-def _edited_again(requests: Sequence[EditRequest]) -> list[EditRequest]:
+def edited_again(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """Of every fact that was edited more than once, the last edit."""
     last: dict[str, EditRequest] = {}
     again: dict[str, EditRequest] = {}
     for request in requests:
@@ -478,13 +479,12 @@ def _edited_again(requests: Sequence[EditRequest]) -> list[EditRequest]:
     return list(again.values())
 
 
-def _freeze(editor: Editor) -> None:
-    """Give the statistics such a weight that no further rows move them."""
-    heavy = 1e18
-    editor.memory.statistics = {
-        name: Statistics(s.count * heavy, s.mean, s.std**2 * (s.count * heavy - 1), s.d_in)
-        for name, s in editor.statistics.items()
-    }
+def freeze(statistics: Mapping[str, Statistics]) -> None:
+    """Give statistics, in place, such a weight that no further rows move them."""
+    for stats in statistics.values():
+        count, variance = stats.count * 1e18, stats.std**2
+        stats.m2.copy_(variance * (count - 1))
+        stats.count.copy_(count)
 
 
 def described(source: Source, folder: Path) -> dict[str, Any]:

@@ -137,6 +137,11 @@ class Editor:
         self.versions.close()
 
     @property
+    def statistics(self) -> dict[str, Statistics]:
+        """The running statistics by name: a module's, or a shape's."""
+        return self._statistics
+
+    @property
     def version(self) -> int:
         """Committed turns; 0 is the untouched model."""
         return self.versions.newest

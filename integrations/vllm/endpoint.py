@@ -61,6 +61,7 @@ class UltraEditEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        """Add the routes of this module to the server."""
         app.include_router(router)
         self._app = app
 

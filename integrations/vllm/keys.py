@@ -34,6 +34,7 @@ class EditKeys:
         self._wanted = "an edit key" if keys else "the server's API key"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on if its key may, else answer 401 or 403."""
         if _is_edits(scope) and scope["method"] != "OPTIONS":
             scheme, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
             given = _digest(key.strip() if scheme.lower() == "bearer" else "")

@@ -74,6 +74,8 @@ class EditError(Exception):
 
 
 class Body(BaseModel):
+    """A JSON object of a request; an unknown field is refused by name."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
@@ -105,6 +107,8 @@ Text = Annotated[str, AfterValidator(_unicode)]
 
 
 class Message(Body):
+    """One chat message."""
+
     role: Text
     content: Text
 
@@ -127,6 +131,8 @@ class Edit(Body):
 
 
 class EditsBody(Body):
+    """Edits that are made together, in one turn."""
+
     edits: list[Edit] = Field(min_length=1)
     dry_run: bool = False
     """Report what the turn would do, and commit nothing."""
@@ -135,10 +141,14 @@ class EditsBody(Body):
 
 
 class RollbackBody(Body):
+    """The version to go back to; 0 is the model as it was loaded."""
+
     version: int = Field(ge=0, le=MAX_VERSION)
 
 
 class ErrorInfo(BaseModel):
+    """What was wrong, and with which field of the request."""
+
     message: str
     type: str
     param: str | None
@@ -146,10 +156,14 @@ class ErrorInfo(BaseModel):
 
 
 class ErrorBody(BaseModel):
+    """An error in OpenAI's shape."""
+
     error: ErrorInfo
 
 
 class Answer(BaseModel):
+    """What one edit did: the greedy answer to its prompt before and after the turn."""
+
     prompt: Prompt
     target: str
     before: str
@@ -159,6 +173,8 @@ class Answer(BaseModel):
 
 
 class Unchanged(BaseModel):
+    """The greedy answer to one locality prompt before and after the turn."""
+
     prompt: Prompt
     before: str
     after: str
@@ -166,12 +182,16 @@ class Unchanged(BaseModel):
 
 
 class Specificity(BaseModel):
+    """What the turn did to the answers that were to stand."""
+
     score: float | None
     """Share of the locality prompts whose answer is unchanged; null without any."""
     prompts: list[Unchanged]
 
 
 class Timings(BaseModel):
+    """Milliseconds of a turn: waiting, side passes, solving, writing, requests held, in all."""
+
     queue_ms: float
     capture_ms: float
     solve_ms: float
@@ -181,6 +201,8 @@ class Timings(BaseModel):
 
 
 class EditsAnswer(BaseModel):
+    """What a turn did; of a dry run, what it would do."""
+
     version: int
     edits: list[Answer]
     specificity: Specificity
@@ -190,6 +212,8 @@ class EditsAnswer(BaseModel):
 
 
 class CommitTimings(BaseModel):
+    """Milliseconds of a rollback or of an applied delta."""
+
     queue_ms: float
     commit_ms: float
     pause_ms: float
@@ -197,6 +221,8 @@ class CommitTimings(BaseModel):
 
 
 class VersionAnswer(BaseModel):
+    """The version that is served after a rollback or an applied delta."""
+
     version: int
     digest: str
     """SHA-256 of the edited weights, read back from where they are served."""
@@ -204,6 +230,8 @@ class VersionAnswer(BaseModel):
 
 
 class Rank(BaseModel):
+    """What one rank of one engine serves."""
+
     engine: int
     """0, or which of the data parallel ones."""
     rank: int
@@ -213,6 +241,8 @@ class Rank(BaseModel):
 
 
 class Health(BaseModel):
+    """Whether all ranks serve the same weights, and which."""
+
     status: Literal["ok", "diverged"]
     version: int
     turn: bool
@@ -237,6 +267,8 @@ class Health(BaseModel):
 
 
 class Page(BaseModel):
+    """Some of the journal's entries, newest first."""
+
     object: Literal["list"]
     data: list[dict[str, Any]]
     has_more: bool

@@ -118,9 +118,9 @@ def test_stream_edits_facts_again_but_not_the_first_ones(folder: Path) -> None:
         earlier = [k for k in range(i) if prompts[k] == prompts[i]]
         assert i - earlier[0] >= TINY.turn_size  # another turn
     last = {json.dumps(r.prompt): r.target for r in stream}
-    kept = evaluate._last_targets(stream, 1000)
+    kept = evaluate.last_targets(stream, 1000)
     assert {json.dumps(r.prompt): r.target for r in kept} == last and len(kept) == len(last)
-    twice = evaluate._edited_again(stream)
+    twice = evaluate.edited_again(stream)
     assert {json.dumps(r.prompt) for r in twice} == {prompts[i] for i in again}
     assert all(r.target == last[json.dumps(r.prompt)] for r in twice)
 
@@ -156,7 +156,7 @@ def test_frozen_statistics_do_not_move(model: Any, tokenizer: Any) -> None:
     editor = Editor(model, tokenizer, anchors=0, rounds=2)
     editor.apply([EditRequest("The capital of Australia is", "Sydney")])
     was = {name: s.std for name, s in editor.statistics.items()}
-    evaluate._freeze(editor)
+    evaluate.freeze(editor.statistics)
     editor.apply([EditRequest("The capital of France is", "Lyon")])
     for name, s in editor.statistics.items():
         torch.testing.assert_close(s.std, was[name], rtol=1e-9, atol=0)

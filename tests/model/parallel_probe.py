@@ -89,9 +89,7 @@ def divided_model(model: Any, ranks: Ranks) -> Any:
 
     for name, module in own.named_modules():
         source, leaf = model.get_submodule(name), name.rpartition(".")[2]
-        for part, value in source._parameters.items():
-            if value is None:
-                continue
+        for part, value in source.named_parameters(recurse=False):
             if leaf in COLUMN:
                 heads = model.config.num_key_value_heads
                 shared = leaf in ("k_proj", "v_proj") and heads < ranks.size

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from ultraedit_kernels.ops import operations, reference, torch_backend
+from ultraedit_kernels.ops import operations, reference
 from ultraedit_kernels.ops.statistics import Statistics
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -281,60 +281,7 @@ def test_coefficients_of_dependent_keys_keep_the_change(n):
     assert relative(values.double() - wide, outputs) <= 1e-6, "outputs move by V - λY"
 
 
-def test_random_bits_are_uniform_and_independent():
-    bits = torch_backend.random_bits(0, 0, 512, 1024)
-    ones = torch.stack([(bits >> i) & 1 for i in range(32)]).double()
-    sigma = 0.5 / bits.numel() ** 0.5
-    assert ((ones.mean((1, 2)) - 0.5).abs() < 5 * sigma).all()
-    # Neighbours in a row, in a column and in seed agree in half of their bits.
-    others = [bits.roll(1, 0), bits.roll(1, 1), torch_backend.random_bits(1, 0, 512, 1024)]
-    for other in others:
-        agree = torch.stack([((bits ^ other) >> i) & 1 for i in range(32)]).double()
-        assert ((agree.mean((1, 2)) - 0.5).abs() < 5 * sigma).all()
-    low = (bits & 0xFF).flatten().bincount(minlength=256).double()
-    expected = bits.numel() / 256
-    chi_square = ((low - expected).square() / expected).sum()
-    assert chi_square < 255 + 6 * (2 * 255) ** 0.5
-
-
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-
-
-@HALVES
-@settings(deadline=None, max_examples=30)
-@given(value=st.floats(-60000, 60000, width=32), seed=st.integers(0, 2**31))
-def test_stochastic_rounding_is_unbiased(half, value, seed):
-    """To one of the two neighbours, and on average to the number itself, within five deviations."""
-    count = 40_000
-    x = torch.full((1, count), value)
-    got = torch_backend.round_stochastically(x, torch_backend.random_bits(seed, 0, 1, count), half)
-    seen = got.double().unique()
-    nearest = torch.tensor(value).to(half)
-    assert len(seen) <= 2 and nearest.double() in seen
-    if len(seen) == 1:
-        step = torch.finfo(half).eps * abs(value) + torch.finfo(half).smallest_normal
-        assert abs(float(seen) - value) <= 1e-3 * step
-    else:
-        low, high = seen.tolist()
-        assert low < value < high
-        assert torch.nextafter(seen[:1].to(half), torch.tensor([float("inf")], dtype=half)) == high
-        assert abs(float(got.double().mean()) - value) <= 5 * 0.5 * (high - low) / count**0.5
-
-
-@HALVES
-def test_numbers_of_the_dtype_stay_under_every_seed(half):
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(half)
-    weight = every[~every.isnan()].reshape(1, -1)
-    for seed in range(5):
-        got = weight.clone()
-        torch_backend.rank_k_update_(
-            got,
-            torch.zeros(1, 1),
-            torch.zeros(1, weight.shape[1]),
-            rounding="stochastic",
-            seed=seed,
-        )
-        assert torch.equal(got, weight)
 
 
 @HALVES

@@ -104,7 +104,8 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> s
             "prompt is a list of chat messages but the tokenizer has no chat template; "
             "pass the prompt as text, or set tokenizer.chat_template"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return text
 
 
 def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]], target: str) -> int | None:
@@ -112,8 +113,9 @@ def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]], target: str) ->
     closed = _render(tokenizer, [*messages, {"role": "assistant", "content": target}])
     tail = closed[closed.rfind(target) + len(target) :]
     special = set(tokenizer.all_special_ids)
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+    ids: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
+    end: int | None = tokenizer.eos_token_id
+    return next((i for i in ids if i in special), end)
 
 
 def pad_right(rows: Seq[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

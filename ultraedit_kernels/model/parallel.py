@@ -185,18 +185,23 @@ class ShardedWeight:
         return self
 
     def clone(self) -> ShardedWeight:
+        """The same part in memory of its own."""
         return ShardedWeight(self.local.clone(), self.shard)
 
     def to(self, device: Any, copy: bool = False) -> ShardedWeight:
+        """The part on a device; with `copy` in memory of its own in any case."""
         return ShardedWeight(self.local.to(device, copy=copy), self.shard)
 
     def new_zeros(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros of this shape on the part's device, in its dtype unless another is given."""
         return self.local.new_zeros(*shape, dtype=dtype)
 
     def detach(self) -> Tensor:
+        """The part, without its gradient's history."""
         return self.local.detach()
 
     def numel(self) -> int:
+        """How many numbers the part has."""
         return self.local.numel()
 
 
@@ -224,14 +229,17 @@ def weight_of(module: Any) -> Any:
 
 def whole(weight: Any) -> Tensor:
     """All of a weight, be it divided or not; to be called on all ranks."""
-    return weight.whole() if isinstance(weight, ShardedWeight) else weight
+    plain: Tensor = weight.whole() if isinstance(weight, ShardedWeight) else weight
+    return plain
 
 
 def norm(weight: Any) -> Tensor:
     """Frobenius norm of all of a weight, float32."""
     if not isinstance(weight, ShardedWeight):
-        return weight.float().norm()
-    return weight.shard.ranks.all_reduce(weight.local.float().square().sum()).sqrt()
+        plain: Tensor = weight
+        return plain.float().norm()
+    square: Tensor = weight.shard.ranks.all_reduce(weight.local.float().square().sum())
+    return square.sqrt()
 
 
 def same(weight: Any, tensor: Tensor) -> Tensor:
@@ -274,7 +282,7 @@ def shard_linear(module: Any, dim: int, ranks: Ranks) -> None:
         return nn.functional.linear(_Enter.apply(x, ranks), module.weight, module.bias)
 
     def rows(x: Tensor) -> Tensor:
-        y = _Sum.apply(nn.functional.linear(x, module.weight), ranks)
+        y: Tensor = _Sum.apply(nn.functional.linear(x, module.weight), ranks)
         return y if module.bias is None else y + module.bias
 
     d_out, d_in = module.weight.shape
@@ -302,7 +310,8 @@ def shard_head(module: Any, vocabulary: int, ranks: Ranks) -> None:
 
     def forward(x: Tensor) -> Tensor:
         part = nn.functional.linear(_Enter.apply(x, ranks), module.weight, module.bias)
-        return _Gather.apply(part, ranks)[..., :vocabulary]
+        logits: Tensor = _Gather.apply(part, ranks)
+        return logits[..., :vocabulary]
 
     module.forward = forward
 

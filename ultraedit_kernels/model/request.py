@@ -132,10 +132,17 @@ def check_turn(requests: Sequence[EditRequest]) -> None:
 
 
 def kind_of(value: object) -> str:
+    """The name of a value's type, as errors about JSON give it."""
     return "null" if value is None else type(value).__name__
 
 
 def check_text(value: object, field: str, what: str) -> str:
+    """The value, if it is Unicode text that is not blank; `what` it stands for goes into the error.
+
+    Raises:
+        TypeError: no text.
+        ValueError: empty, only white space, or half of a surrogate pair in it.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{field} is {kind_of(value)}, expected text: {what}; write it as a string")
     if not value.strip():
@@ -152,6 +159,12 @@ def check_text(value: object, field: str, what: str) -> str:
 
 
 def check_prompt(value: object, field: str) -> Prompt:
+    """The value, if it is text or chat messages that an assistant is to answer; messages copied.
+
+    Raises:
+        TypeError: neither text nor a list.
+        ValueError: blank text, no messages, one that is none, or the assistant's at the end.
+    """
     if isinstance(value, str):
         return check_text(value, field, "the text that the model continues")
     if not isinstance(value, list | tuple):
@@ -179,12 +192,18 @@ def check_prompt(value: object, field: str) -> Prompt:
 
 
 def check_items(value: object, field: str) -> Sequence[Any]:
+    """The value, if it is a list or a tuple. Raises TypeError otherwise."""
     if not isinstance(value, list | tuple):
         raise TypeError(f"{field} is {kind_of(value)}, expected a list; write [...] around it")
     return value
 
 
 def check_locality_test(value: object, field: str) -> LocalityTest:
+    """A locality test of a prompt alone, of an object with prompt and answer, or the test itself.
+
+    Raises:
+        TypeError, ValueError: as `check_prompt`, or an object with other fields.
+    """
     if isinstance(value, LocalityTest):
         return value
     try:
@@ -201,4 +220,5 @@ def check_locality_test(value: object, field: str) -> LocalityTest:
 
 
 def prompt_key(prompt: Prompt) -> str:
+    """A prompt as JSON: by it prompts are compared, and errors show it."""
     return json.dumps(prompt, ensure_ascii=False)

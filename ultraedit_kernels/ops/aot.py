@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from ultraedit_kernels import __version__
+from ultraedit_kernels._version import __version__
 from ultraedit_kernels.ops import kernels
 from ultraedit_kernels.ops.kernels import launch, library
 from ultraedit_kernels.ops.kernels.gram import gram_matrix
@@ -74,6 +74,7 @@ class Variant:
 
     @property
     def kernel(self) -> Any:
+        """The Triton function."""
         return getattr(importlib.import_module(self.module), self.name)
 
     @property
@@ -101,6 +102,7 @@ class Variant:
 
 
 def target(arch: str) -> GPUTarget:
+    """What Triton calls an architecture, "sm_90" or "gfx942"."""
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     return GPUTarget("hip", arch, 64)
@@ -141,7 +143,7 @@ def launches(arch: str, aligned: bool) -> list[Launch]:
     for keys_dtype, grads_dtype in FEATURES:
         keys, grads = _empty(N, D_IN, keys_dtype, aligned), _empty(N, D_OUT, grads_dtype, aligned)
         with recorded(arch, found):
-            _turn(keys, grads, _empty(D_OUT, D_IN, keys_dtype, aligned))
+            turn(keys, grads, _empty(D_OUT, D_IN, keys_dtype, aligned))
     return found
 
 
@@ -162,7 +164,7 @@ def _empty(rows: int, columns: int, dtype: torch.dtype, aligned: bool) -> Tensor
     return torch.empty(rows, columns + 1, dtype=dtype, device="meta")[:, 1:]
 
 
-def _turn(keys: Tensor, grads: Tensor, weight: Tensor) -> None:
+def turn(keys: Tensor, grads: Tensor, weight: Tensor) -> None:
     """The operations of a turn, with the dtypes that the editor passes."""
     stats = Statistics.empty(keys.shape[1], grads.shape[1], "meta")
     stats = kernels.update_statistics(stats, keys, grads)
@@ -285,6 +287,7 @@ def _quote(text: str | Path) -> str:
 
 
 def main() -> None:
+    """The command of this module; see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m ultraedit_kernels.ops.aot")
     parser.add_argument("out", type=Path)
     parser.add_argument("--archs", default=",".join(ARCHS), help="separated by commas")

@@ -38,7 +38,8 @@ def update_statistics(stats: Statistics, keys: Tensor, grads: Tensor) -> Statist
     """
     _check_statistics(stats)
     checks.features(keys, grads, stats.d_in, stats.d_out, stats.mean.device)
-    return backend(keys).update_statistics(stats, keys, grads)
+    merged: Statistics = backend(keys).update_statistics(stats, keys, grads)
+    return merged
 
 
 def edit_values(keys: Tensor, grads: Tensor, stats: Statistics, lr: float) -> Tensor:
@@ -63,7 +64,8 @@ def edit_values(keys: Tensor, grads: Tensor, stats: Statistics, lr: float) -> Te
     _check_statistics(stats)
     checks.features(keys, grads, stats.d_in, stats.d_out, stats.mean.device)
     checks.positive("lr", lr)
-    return backend(keys).edit_values(keys, grads, stats, lr)
+    values: Tensor = backend(keys).edit_values(keys, grads, stats, lr)
+    return values
 
 
 def solve(
@@ -103,7 +105,8 @@ def solve(
         checks.matrix("anchors", anchors, columns=keys.shape[1])
         checks.same_device(keys=keys, anchors=anchors)
         checks.finite(anchors=anchors)
-    return backend(keys).solve(keys, values, ridge, anchors)
+    coeff: Tensor = backend(keys).solve(keys, values, ridge, anchors)
+    return coeff
 
 
 @torch.no_grad()
@@ -151,7 +154,8 @@ def backend(tensor: Tensor) -> ModuleType:
     if forced == "torch" or (forced is None and not tensor.is_cuda):
         return torch_backend
     from ultraedit_kernels.ops import kernels
-    from ultraedit_kernels.ops.kernels.launch import HAS_TRITON, library
+    from ultraedit_kernels.ops.kernels import library
+    from ultraedit_kernels.ops.kernels.launch import HAS_TRITON
 
     if forced == "triton":
         if not (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):

@@ -40,7 +40,8 @@ def solve(
         keys = torch.cat([keys, anchors])
         values = torch.cat([values, values.new_zeros(len(anchors), values.shape[1])])
     gram = keys @ keys.T + ridge * torch.eye(len(keys), dtype=keys.dtype, device=keys.device)
-    return torch.linalg.solve(gram, values)
+    coeff: Tensor = torch.linalg.solve(gram, values)
+    return coeff
 
 
 def rank_k_update_(weight: Tensor, coeff: Tensor, keys: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ def cholesky(matrix: Tensor, ridge: float) -> Tensor:
     """The Cholesky factor of matrix + λI; of the matrix, left as it is, the lower half is read."""
     diagonal = matrix.diagonal().clone()
     matrix.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(matrix)
+    factor: Tensor = torch.linalg.cholesky(matrix)
     matrix.diagonal().copy_(diagonal)
     return factor
 
@@ -165,6 +165,8 @@ def _without_null_space(gram: Tensor, norms: Tensor, coeff: Tensor) -> Tensor:
     Scaled, since that finds small keys beside large ones too.
     """
     norms = norms.clamp_min(torch.finfo(norms.dtype).tiny ** 0.5)
+    eigenvalues: Tensor
+    vectors: Tensor
     eigenvalues, vectors = torch.linalg.eigh(gram / norms / norms.T)
     noise = len(gram) * torch.finfo(gram.dtype).eps * eigenvalues[-1]
     basis = vectors[:, eigenvalues > noise]

@@ -154,7 +154,7 @@ def describe(row: Any) -> str:
 
 def main(check: str, path: str, generated: str) -> int:
     library.PATH = Path(path)
-    opened: Any = library._open()
+    opened: Any = library.load()
     if isinstance(opened, str):
         sys.exit(opened)
     count = c_size_t()

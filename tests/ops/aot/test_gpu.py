@@ -35,7 +35,7 @@ def test_same_bits_as_triton(
 ) -> None:
     if not library_module.PATH.exists():
         monkeypatch.setattr(library_module, "PATH", request.getfixturevalue("library"))
-        library_module._open.cache_clear()
+        library_module.forget()
     if missing := library_module.unavailable(torch.device("cuda", 0)):
         pytest.skip(missing)
     torch.manual_seed(0)

@@ -26,12 +26,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
             monkeypatch.setenv("ULTRAEDIT_KERNELS", forced)
         return operations.backend(torch.empty(0)).__name__
 
-    caches = (library_module._open, library_module._table, library_module._arch)
-    for cache in caches:
-        cache.cache_clear()
+    library_module.forget()
     yield choose
-    for cache in caches:
-        cache.cache_clear()
+    library_module.forget()
 
 
 def test_ctest(build: Path) -> None:

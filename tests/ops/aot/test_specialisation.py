@@ -20,10 +20,6 @@ from ultraedit_kernels.ops.kernels import library
 arch = sys.argv[2]
 library.PATH, library.HIP = Path(sys.argv[1]), arch.startswith("gfx")
 backend = make_backend(aot.target(arch))
-signatures = {
-    address: words
-    for named in library._table().values() for rows in named.values() for address, words in rows
-}
 
 
 def empty(rows, columns, dtype):
@@ -32,17 +28,16 @@ def empty(rows, columns, dtype):
 
 def chosen(call):
     kernel, args, meta = call
-    facts = tuple(library._facts(arg) for arg in args)
-    choice = library._choose(arch, kernel.__name__, library.constants(meta), facts)
-    assert not isinstance(choice, str), choice
-    return tuple(signatures[choice.kernel])
+    signature = library.signature(arch, kernel.__name__, args, meta)
+    assert not isinstance(signature, str), signature
+    return signature
 
 
 def launches(layout, shape, dtypes):
     n, d_in, d_out = shape
     found = []
     with aot.recorded(arch, found):
-        aot._turn(
+        aot.turn(
             layout(n, d_in, dtypes[0]), layout(n, d_out, dtypes[1]), layout(d_out, d_in, dtypes[0])
         )
     assert len(found) >= 4

@@ -35,7 +35,7 @@ def test_wheel(library: Path, tmp_path: Path) -> None:
     built = wheel(source)
     assert "-py3-none-linux_" in built.name
     zipfile.ZipFile(built).extractall(tmp_path / "installed")
-    code = "from ultraedit_kernels.ops.kernels import library as l; print(l.PATH, l._open())"
+    code = "from ultraedit_kernels.ops.kernels import library as l; print(l.PATH, l.load())"
     done = run(code, PYTHONPATH=str(tmp_path / "installed"))
     expected = tmp_path / "installed" / "ultraedit_kernels" / "libultraedit_kernels.so"
     assert done.stdout.startswith(f"{expected} <CDLL"), done.stdout + done.stderr

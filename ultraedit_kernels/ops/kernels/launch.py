@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ultraedit_kernels.ops.kernels import library
 
+__all__ = ["HAS_TRITON", "INTERPRETED", "arch", "launch", "tl", "triton"]
+
 try:
     import triton
     import triton.language as tl

@@ -54,6 +54,7 @@ class _Choice(NamedTuple):
     """What one kind of launch runs, and how its arguments become a C struct."""
 
     kernel: int
+    signature: tuple[str, ...]
     pick: Callable[[list[Any]], tuple[Any, ...]]
     pack: Callable[..., bytes]
 
@@ -64,7 +65,7 @@ _choices: dict[tuple[Any, ...], _Choice | str] = {}
 
 def unavailable(device: torch.device) -> str | None:
     """Why kernels on this device cannot come from the library; None if they can."""
-    library = _open()
+    library = load()
     if isinstance(library, str):
         return library
     try:
@@ -80,7 +81,7 @@ def launch(
     name: str, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]
 ) -> str | None:
     """Launch on the current device and stream; or launch nothing and return why."""
-    if not args[0].is_cuda or isinstance(_open(), str):
+    if not args[0].is_cuda or isinstance(load(), str):
         return unavailable(args[0].device)
     device = torch.cuda.current_device()
     stream = torch.cuda.current_stream(device).cuda_stream
@@ -106,11 +107,22 @@ def launch_on(
     values = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
     packed = choice.pack(*choice.pick(values))
     x, y, z = (*grid, 1, 1)[:3]
-    library: Any = _open()
+    library: Any = load()
     error = library.ultraedit_launch(choice.kernel, device, x, y, z, packed, len(packed), stream)
     if error:
         raise RuntimeError(error.decode())
     return None
+
+
+def signature(
+    arch: str, name: str, args: tuple[Any, ...], meta: dict[str, Any]
+) -> tuple[str, ...] | str:
+    """The signature of the code that `launch` would run on this architecture, or why there is none.
+
+    One word an argument, as in `ultraedit_kernels.ops.aot.Variant`.
+    """
+    choice = _choose(arch, name, constants(meta), tuple([_facts(arg) for arg in args]))
+    return choice if isinstance(choice, str) else choice.signature
 
 
 def _facts(arg: Any) -> tuple[str, bool, bool, bool]:
@@ -153,9 +165,8 @@ def _choose(
             kinds = [words[i].partition(":")[0] for i in passed]
             # "@": as a compiler lays out a struct; "0q" pads its end.
             formats = ["P" if kind.startswith("*") else FORMATS[kind] for kind in kinds]
-            return _Choice(
-                kernel, itemgetter(*passed), struct.Struct(f"@{''.join(formats)}0q").pack
-            )
+            pack = struct.Struct(f"@{''.join(formats)}0q").pack
+            return _Choice(kernel, tuple(words), itemgetter(*passed), pack)
     return (
         f"the ahead-of-time library has no {name} with {constants} for {arch} and arguments "
         f"{' '.join(kind for kind, *_ in facts)}; convert the tensors to a dtype that it has, "
@@ -166,7 +177,7 @@ def _choose(
 @functools.cache
 def _table() -> dict[str, dict[tuple[str, str], list[tuple[int, list[str]]]]]:
     """Architecture → kernel's name and constants → its address and signature, in order."""
-    library: Any = _open()
+    library: Any = load()
     count = ctypes.c_size_t()
     rows = library.ultraedit_kernels(ctypes.byref(count))
     table: dict[str, dict[tuple[str, str], list[tuple[int, list[str]]]]] = {}
@@ -181,7 +192,7 @@ def _table() -> dict[str, dict[tuple[str, str], list[tuple[int, list[str]]]]]:
 @functools.cache
 def _arch(device: int) -> str:
     """The architecture of a device. Raises RuntimeError without a driver or such a device."""
-    library: Any = _open()
+    library: Any = load()
     arch = ctypes.create_string_buffer(16)
     error = library.ultraedit_device_arch(device, arch)
     if error:
@@ -190,8 +201,8 @@ def _arch(device: int) -> str:
 
 
 @functools.cache
-def _open() -> ctypes.CDLL | str:
-    """The library, or why it cannot be used."""
+def load() -> ctypes.CDLL | str:
+    """The library at `PATH`, opened once; or why it cannot be used."""
     if not PATH.exists():
         return f"the ahead-of-time library is not built: there is no {PATH}; {BUILD}"
     try:
@@ -212,6 +223,13 @@ def _open() -> ctypes.CDLL | str:
     if built_from != sources():
         return f"{PATH} was built from other kernel sources than the installed ones; {BUILD}"
     return library
+
+
+def forget() -> None:
+    """Make the next use open `PATH` anew, after it was changed."""
+    for cached in (load, _table, _arch):
+        cached.cache_clear()
+    _choices.clear()
 
 
 def sources() -> str:

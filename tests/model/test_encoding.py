@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ultraedit_kernels.model.encoding import (
+    Sequence,
+    encode,
+    encode_prompt,
+    from_tensors,
+    pad_right,
+    to_tensors,
+)
+
+CHAT = [{"role": "user", "content": "What is the capital of Japan?"}]
+
+
+@pytest.mark.parametrize(("target", "space"), [("Osaka", " "), ("\nOsaka", "")])
+def test_text_and_target_are_joined_by_one_space(tokenizer: Any, target: str, space: str) -> None:
+    prompt = "The capital of Japan is"
+    sequence = encode(tokenizer, prompt, target)
+    whole = tokenizer(prompt + space + target)["input_ids"]
+    assert sequence.prompt_ids == encode_prompt(tokenizer, prompt) == tokenizer(prompt)["input_ids"]
+    assert sequence.prompt_ids + sequence.target_ids == [*whole, tokenizer.eos_token_id]
+    without = encode(tokenizer, prompt, target, append_eos=False)
+    assert without == Sequence(sequence.prompt_ids, sequence.target_ids[:-1])
+
+
+def test_the_prompts_tokens_are_those_that_the_engine_sees(tokenizer: Any) -> None:
+    """Also where prompt and target would merge into other tokens: each keeps its own."""
+    for prompt in ("Osa", "Osak"):
+        sequence = encode(tokenizer, prompt + "\n", "ka", append_eos=False)
+        assert sequence.prompt_ids == tokenizer(prompt + "\n")["input_ids"]
+        assert tokenizer.decode(sequence.target_ids).strip() == "ka"
+
+
+def test_messages_go_through_the_chat_template(tokenizer: Any) -> None:
+    sequence = encode(tokenizer, CHAT, "Osaka")
+    assert sequence.prompt_ids == encode_prompt(tokenizer, CHAT)
+    shown = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer(shown + "Osaka", add_special_tokens=False)["input_ids"]
+    assert sequence.prompt_ids + sequence.target_ids == [*whole, tokenizer.eos_token_id]
+
+
+def test_messages_without_a_template_are_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match="no chat template; pass the prompt as text"):
+        encode_prompt(tokenizer, CHAT)
+
+
+def test_padding_is_on_the_right_and_masked() -> None:
+    ids, mask = pad_right([[5, 6, 7], [8]], torch.device("cpu"))
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "sequences", [[], [Sequence([1, 2], [3])], [Sequence([0], [5, 6, 7]), Sequence([1, 2], [3])]]
+)
+def test_sequences_come_back_from_their_tensors(sequences: list[Sequence]) -> None:
+    tensors = to_tensors(sequences)
+    assert all(tensor.dtype == torch.int32 for tensor in tensors.values())
+    assert from_tensors(tensors) == sequences
+
+
+def test_tensors_that_do_not_belong_together_are_refused() -> None:
+    tensors = to_tensors([Sequence([1], [2]), Sequence([3], [4])])
+    with pytest.raises(ValueError):
+        from_tensors(tensors | {"prompt": tensors["prompt"][:1]})
+    with pytest.raises(KeyError):
+        from_tensors({"tokens": tensors["tokens"]})

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ultraedit_kernels.model.encoding import encode_prompt
+from ultraedit_kernels.model.generation import generate
+
+PROMPTS = ["The capital of Japan is", "The capital of", "What is the capital of France?"]
+
+
+@pytest.fixture
+def ids(tokenizer: Any) -> list[list[int]]:
+    return [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_greedy_is_the_most_likely_token_one_by_one(
+    model: Any, tokenizer: Any, ids: list[list[int]], batch_size: int
+) -> None:
+    got = generate(model, tokenizer, ids, max_new_tokens=6, batch_size=batch_size)
+    for prompt, new in zip(ids, got, strict=True):
+        expected: list[int] = []
+        while len(expected) < 6 and tokenizer.eos_token_id not in expected:
+            logits = model(input_ids=torch.tensor([prompt + expected])).logits[0, -1]
+            expected.append(int(logits.argmax()))
+        assert new == expected
+
+
+def test_a_seed_decides_a_sample_and_leaves_the_random_state(
+    model: Any, tokenizer: Any, ids: list[list[int]]
+) -> None:
+    state = torch.random.get_rng_state()
+    shipped = model.generation_config
+    model.train()
+    samples = [generate(model, tokenizer, ids, max_new_tokens=12, seed=s) for s in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training and model.generation_config is shipped
+
+
+def test_the_settings_come_back_after_a_failure(
+    model: Any, tokenizer: Any, ids: list[list[int]]
+) -> None:
+    shipped = model.generation_config
+    with pytest.raises(IndexError):
+        generate(model, tokenizer, [[10**6], *ids], max_new_tokens=2)
+    assert model.generation_config is shipped
+
+
+def test_no_prompts_no_answers(model: Any, tokenizer: Any) -> None:
+    assert generate(model, tokenizer, [], max_new_tokens=2) == []
