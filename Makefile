@@ -50,6 +50,7 @@ aot: install
 	ctest --test-dir build-aot --output-on-failure
 
 lint: install
+	$(BIN)/python -m compileall -q ultraedit_kernels integrations bench tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

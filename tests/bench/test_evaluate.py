@@ -37,6 +37,7 @@ TINY = evaluate.Scale(
     frontier={"anchors": [{"anchors": 0}, {"anchors": 20}], "rounds": [{"rounds": 1}]},
     lifelong_facts=40,
     lifelong_hidden=64,
+    lifelong_wider=3,  # then all parts share one model
     lifelong_epochs=50,
     lifelong_edits=16,
     ablation_edits=16,
@@ -230,6 +231,13 @@ def test_report_shows_the_results_with_their_conditions(folder: Path) -> None:
 
 def test_the_streams_can_be_drawn() -> None:
     scale = evaluate.Scale()
-    for task in evaluate.tasks(("lifelong", "ablations"), scale, {}):
-        size = scale.lifelong_edits if task.work is evaluate.lifelong else scale.ablation_edits
-        assert len(evaluate.stream(task.source, replace(scale, lifelong_edits=size), 1)) == size
+    streams = {  # the same for every method
+        (
+            task.source,
+            scale.lifelong_edits if task.work is evaluate.lifelong else scale.ablation_edits,
+        )
+        for task in evaluate.tasks(("lifelong", "ablations"), scale, {})
+    }
+    assert len(streams) == 2
+    for source, size in streams:
+        assert len(evaluate.stream(source, replace(scale, lifelong_edits=size), 1)) == size
