@@ -105,46 +105,72 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, results: Path | None
             f"{row['benchmark']} ({row['method']}) is off by {error:.1e}, expected at most "
             f"{limit:.0e}; not timed"
         )
-        benchmark.group = f"{row['benchmark']} {row['shape']} n={row['n']}"
-        benchmark.name = row["method"]
-        if seconds < 1:  # the first run may have paid for more than itself
-            start = machine.clock()
-            run()
-            seconds = machine.clock() - start
-        if rounds is None:
-            rounds = max(2, min(MOST_ROUNDS, int(wanted / seconds)))
-        iterations = max(1, min(50, int(wanted / rounds / seconds)))
-        benchmark.pedantic(run, rounds=rounds, iterations=iterations)
+        rounds = time_rounds(benchmark, row, run, seconds, wanted, rounds)
         if benchmark.stats is None:  # --benchmark-disable
             return
         times = torch.tensor(benchmark.stats.stats.data, dtype=torch.float64)
-        low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-        full = row | {
-            "rounds": rounds,
-            "median_ms": median * 1e3,
-            "p20_ms": low * 1e3,
-            "p80_ms": high * 1e3,
-            "peak_extra_bytes": memory,
-            "error": error,
-            **machine.conditions(),
-            "load_average": round(os.getloadavg()[0], 1),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        if traffic is not None:
-            moved, flops, ideal = traffic
-            bandwidth = machine.copy_bandwidth()
-            full |= {
-                "bytes": moved,
-                "share_of_copy_bandwidth": moved / median / bandwidth,
-                "flops": flops,
-                "share_of_matrix_rate": ideal / median,
-                "copy_gb_per_s": bandwidth / 1e9,
-                "matrix_gflop_per_s": flops / ideal / 1e9 if ideal else None,
-            }
+        full = full_row(row, rounds, times, memory, error, traffic)
         benchmark.extra_info |= full
         write(results, full)
 
     return checked
+
+
+def time_rounds(
+    benchmark: Any,
+    row: dict[str, Any],
+    run: Callable[[], Any],
+    seconds: float,
+    wanted: float,
+    rounds: int | None,
+) -> int:
+    """Time `run`, whose first run took `seconds`; the number of rounds."""
+    benchmark.group = f"{row['benchmark']} {row['shape']} n={row['n']}"
+    benchmark.name = row["method"]
+    if seconds < 1:  # the first run may have paid for more than itself
+        start = machine.clock()
+        run()
+        seconds = machine.clock() - start
+    if rounds is None:
+        rounds = max(2, min(MOST_ROUNDS, int(wanted / seconds)))
+    iterations = max(1, min(50, int(wanted / rounds / seconds)))
+    benchmark.pedantic(run, rounds=rounds, iterations=iterations)
+    return rounds
+
+
+def full_row(
+    row: dict[str, Any],
+    rounds: int,
+    times: torch.Tensor,
+    memory: int | None,
+    error: float,
+    traffic: tuple[int, float, float] | None,
+) -> dict[str, Any]:
+    """A row of the CSV file, from the seconds of each round."""
+    low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    full = row | {
+        "rounds": rounds,
+        "median_ms": median * 1e3,
+        "p20_ms": low * 1e3,
+        "p80_ms": high * 1e3,
+        "peak_extra_bytes": memory,
+        "error": error,
+        **machine.conditions(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if traffic is not None:
+        moved, flops, ideal = traffic
+        bandwidth = machine.copy_bandwidth()
+        full |= {
+            "bytes": moved,
+            "share_of_copy_bandwidth": moved / median / bandwidth,
+            "flops": flops,
+            "share_of_matrix_rate": ideal / median,
+            "copy_gb_per_s": bandwidth / 1e9,
+            "matrix_gflop_per_s": flops / ideal / 1e9 if ideal else None,
+        }
+    return full
 
 
 def write(path: Path | None, row: dict[str, Any]) -> None:

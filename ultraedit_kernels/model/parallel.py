@@ -236,8 +236,8 @@ def whole(weight: Any) -> Tensor:
 def norm(weight: Any) -> Tensor:
     """Frobenius norm of all of a weight, float32."""
     if not isinstance(weight, ShardedWeight):
-        plain: Tensor = weight
-        return plain.float().norm()
+        length: Tensor = weight.float().norm()
+        return length
     square: Tensor = weight.shard.ranks.all_reduce(weight.local.float().square().sum())
     return square.sqrt()
 
