@@ -23,7 +23,7 @@ from ultraedit_kernels.model.parallel import weight_of
 from ultraedit_kernels.model.presets import resolve_modules
 from ultraedit_kernels.model.request import EditRequest, check_turn
 from ultraedit_kernels.ops.statistics import Statistics
-from ultraedit_kernels.settings import EditorSettings, MethodSettings, check
+from ultraedit_kernels.settings import TABLE, EditorSettings, MethodSettings, check, only
 from ultraedit_kernels.store.delta import EditDelta
 
 __all__ = ["EditOutcome", "Editor", "TurnResult"]
@@ -39,8 +39,7 @@ class Editor:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
         modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
-        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see
-            `settings.MethodSettings`.
+        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
             for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
@@ -98,30 +97,12 @@ class Editor:
         continues: str | Path | None = EditorSettings.continues,
         seed: int = EditorSettings.seed,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name in TABLE}
+        check(given, "internal")
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.settings = MethodSettings(
-            lr, step, rounds, ridge, margin, repairs, batch_size, rounding
-        )
-        limits = {"max_change": max_change, "max_lost": max_lost}
-        others = EditorSettings(
-            modules,
-            anchors,
-            anchor_rows,
-            statistics,
-            append_eos,
-            state_dir,
-            keep,
-            writes,
-            max_change,
-            max_lost,
-            canaries,
-            continues,
-            seed,
-        )
-        check(vars(self.settings) | vars(others), "internal")
+        self.settings = MethodSettings(**only(given, MethodSettings))
         self.modules = resolve_modules(model, self.model.config, modules)
-        given = guards.load_canaries(canaries)
         self.weights = {name: weight_of(model.get_submodule(name)) for name in self.modules}
         self._append_eos = append_eos
         self.memory = Memory(self.weights, statistics, anchors, anchor_rows, ridge, seed)
@@ -129,17 +110,20 @@ class Editor:
             self.memory.go_on(continues)
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
         pristine = self.versions.pristine
-        self.guards = Guards(model, tokenizer, self.weights, pristine, **limits, canaries=given)
+        self.guards = Guards(
+            model,
+            tokenizer,
+            self.weights,
+            pristine,
+            max_change,
+            max_lost,
+            guards.load_canaries(canaries),
+        )
         self.rollback(self.version)
 
     def close(self) -> None:
         """Leave the state directory to others. The model stays as it is."""
         self.versions.close()
-
-    @property
-    def statistics(self) -> dict[str, Statistics]:
-        """The running statistics by name: a module's, or a shape's."""
-        return self._statistics
 
     @property
     def version(self) -> int:
@@ -240,14 +224,6 @@ class Editor:
         """
         self.versions.rollback(version)
 
-    def forget(self, version: int, statistics: Mapping[str, Statistics]) -> None:
-        """The second half of `rollback`: with the weights of `replay`, forget later versions."""
-        self.versions.forget(version, statistics)
-
-    def replay(self, version: int) -> dict[str, Statistics]:
-        """The first half of `rollback`: write the weights of a version. Returns its statistics."""
-        return self.versions.replay(version)
-
     def delta(self, version: int) -> EditDelta:
         """The change that made `version` out of the version before it."""
         return self.versions.delta(version)
@@ -290,10 +266,6 @@ class Editor:
     def history(self) -> list[dict[str, Any]]:
         """One JSON-able record per version, oldest first."""
         return self.versions.records
-
-    def is_pristine(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether weights, module → W [d_out, d_in], are the untouched ones."""
-        return self.versions.are_pristine(weights)
 
     def digest(self) -> str:
         """SHA-256 over the edited weights, hexadecimal."""

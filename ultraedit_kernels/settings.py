@@ -211,14 +211,8 @@ class MethodSettings:
 
     @property
     def closed_loop(self) -> bool:
-        """Whether a turn looks at what its steps did. With one round nothing is checked, and every
-        edit takes its step, as published."""
+        """Whether a turn looks at what its steps did; with one round nothing does, as published."""
         return self.rounds > 1
-
-    @property
-    def most_checked(self) -> int:
-        """Most watched sequences to check at a time."""
-        return self.repairs if self.closed_loop else 0
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ class EngineSide:
 
         def replay() -> None:
             try:
-                ours.replayed = version, editor.replay(version)
+                ours.replayed = version, editor.versions.replay(version)
             except BaseException:
                 work.restore_shadow(editor, self.twin)
                 raise
@@ -347,7 +347,7 @@ class EngineSide:
     def _publish(self) -> None:
         self.twin.publish()
         if self.turn is not None and self.turn.replayed is not None:
-            self.editor.forget(*self.turn.replayed)
+            self.editor.versions.forget(*self.turn.replayed)
             self.turn.replayed = None
         self.live = self.editor.version
 
@@ -373,7 +373,7 @@ class EngineSide:
         """After a load: serve the live version again. Other weights than the checkpoint's, or none
         yet, are left alone, and no turn begins on them."""
         live, version = self.twin.live, self.live
-        if self.editor.is_pristine(live):
+        if self.editor.versions.are_pristine(live):
             self._drop_turn()
             self._publish()
             self.foreign = False

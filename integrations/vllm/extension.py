@@ -32,12 +32,15 @@ class UltraEditExtension:
     def ultraedit_start(
         self, settings: dict[str, Any], chat_template: str | None, follows: bool
     ) -> workers.Started:
+        """Build twin and editor."""
         return engine_side(self).start(settings, chat_template, follows)
 
     def ultraedit_check(self, token_ids: list[int], scores: list[float]) -> workers.Checked:
+        """Compare twin and engine."""
         return engine_side(self).check(token_ids, scores)
 
     def ultraedit_begin(self, turn: str, keys: list[str]) -> workers.Begun:
+        """Take the worker for a turn."""
         return engine_side(self).begin(turn, keys)
 
     def ultraedit_edit(
@@ -48,34 +51,45 @@ class UltraEditExtension:
         note: dict[str, Any] | None,
         followed: bool,
     ) -> workers.Answer:
+        """Begin to edit, on the shadow."""
         return engine_side(self).edit(turn, edits, probes, note, followed)
 
     def ultraedit_apply_delta(self, turn: str, data: bytes) -> workers.Answer:
+        """Begin to apply a delta file to the shadow."""
         return engine_side(self).apply_delta(turn, data)
 
     def ultraedit_rollback(self, turn: str, version: int) -> workers.Answer:
+        """Begin to take the shadow back to a version."""
         return engine_side(self).rollback(turn, version)
 
     def ultraedit_step(self, turn: str, ms: float) -> workers.Step:
+        """Do one slice of the turn."""
         return engine_side(self).step(turn, ms)
 
     def ultraedit_commit(self, turn: str) -> workers.Live:
+        """Make the shadow live."""
         return engine_side(self).commit(turn)
 
     def ultraedit_revert(self, turn: str) -> workers.Live:
+        """Take back a commit that failed on another engine."""
         return engine_side(self).revert(turn)
 
     def ultraedit_read_back(self, turn: str) -> workers.Answer:
+        """Begin to read the live weights back."""
         return engine_side(self).read_back(turn)
 
     def ultraedit_cancel(self, turn: str, newest: int | None = None) -> workers.Live:
+        """End the turn."""
         return engine_side(self).cancel(turn, newest)
 
     def ultraedit_delta(self, version: int) -> workers.DeltaFile:
+        """The delta file of a version."""
         return engine_side(self).delta(version)
 
     def ultraedit_history(self, limit: int, before: int | None) -> workers.History:
+        """Journal entries, newest first."""
         return engine_side(self).history(limit, before)
 
     def ultraedit_status(self, digest: bool) -> workers.Status:
+        """What is served."""
         return engine_side(self).status(digest)

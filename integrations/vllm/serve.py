@@ -75,7 +75,7 @@ def server_command(
         require_key(["--api-key"] if keys or asked else [], bool(config[PLUGIN].get("without_key")))
     except ValueError as error:
         raise ServeError(str(error)) from error
-    distribution, version = _vllm()
+    distribution, version = installed_vllm()
     model = _model(ours.model)
 
     if distribution == "vllm":
@@ -203,7 +203,7 @@ def _additional_config(ours: argparse.Namespace) -> dict[str, Any]:
     return config | {PLUGIN: settings}
 
 
-def _vllm() -> tuple[str, str]:
+def installed_vllm() -> tuple[str, str]:
     """Name and version of the installed vLLM distribution; vLLM itself is not imported."""
     spec = util.find_spec("vllm")
     if spec is None or spec.origin is None:

@@ -279,4 +279,5 @@ def _next_token(model: nn.Module, tokenizer: Any, prompt: Prompt) -> Tensor:
     """Log-probabilities of the next token, [vocabulary] float32 on the CPU."""
     device = next(model.parameters()).device
     ids = torch.tensor([encode_prompt(tokenizer, prompt)], device=device)
-    return model(input_ids=ids, use_cache=False).logits[0, -1].float().log_softmax(-1).cpu()
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1]
+    return logits.float().log_softmax(-1).cpu()

@@ -47,10 +47,10 @@ def turn(
         anchors: what must be left as it is.
         number: of the turn, see `Change` and `Repairs`.
     """
-    size = settings.batch_size
+    size, budget = settings.batch_size, settings.repairs * settings.closed_loop
     change = Change(weights, start, statistics, share, settings, number)
     goals = Goals(sequences, edit_of, settings.margin)
-    repairs = Repairs(anchors.watch, anchors.keys, sequences, settings.most_checked, number)
+    repairs = Repairs(anchors.watch, anchors.keys, sequences, budget, number)
     taken = 0
     while True:
         # One forward pass both judges the last step and captures the next one.

