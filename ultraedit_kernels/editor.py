@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ultraedit_kernels.method import guards
 from ultraedit_kernels.method.guards import GuardError, Guards
+from ultraedit_kernels.method.locate import CONTEXT_TEXTS, at_names
 from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
@@ -20,7 +21,7 @@ from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.method.versions import Versions
 from ultraedit_kernels.model.encoding import Sequence, encode_edits
 from ultraedit_kernels.model.parallel import weight_of
-from ultraedit_kernels.model.presets import resolve_modules
+from ultraedit_kernels.model.presets import reads_names, resolve_modules
 from ultraedit_kernels.model.request import EditRequest, check_turn
 from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.settings import TABLE, EditorSettings, MethodSettings, check, only
@@ -105,7 +106,11 @@ class Editor:
         self.modules = resolve_modules(model, self.model.config, modules)
         self.weights = {name: weight_of(model.get_submodule(name)) for name in self.modules}
         self._append_eos = append_eos
-        self.memory = Memory(self.weights, statistics, anchors, anchor_rows, ridge, seed)
+        closed = self.settings.closed_loop
+        self._at_names = closed and reads_names(self.model.config, self.modules)
+        self.memory = Memory(
+            self.weights, statistics, anchors, anchor_rows, ridge, seed, self._at_names
+        )
         if continues is not None:
             self.memory.go_on(continues)
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
@@ -176,6 +181,17 @@ class Editor:
             anchors, named = yield from self.memory.anchors_for(
                 self.model, self.tokenizer, requests
             )
+            contexts: dict[int, list[Sequence]] = {}
+            if self._at_names:
+                sequences, contexts = yield from at_names(
+                    self.model,
+                    self.tokenizer,
+                    requests,
+                    sequences,
+                    edit_of,
+                    anchors,
+                    self.memory.own_texts(CONTEXT_TEXTS),
+                )
             work = turn(
                 self.model,
                 self.weights,
@@ -187,6 +203,7 @@ class Editor:
                 anchors,
                 self.settings,
                 self.version + 1,
+                contexts,
             )
             done = yield from clock.timed(work)
             outcomes, measured, rejected = outcomes_of(requests, done), {}, None

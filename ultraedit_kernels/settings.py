@@ -89,13 +89,15 @@ def _whole(least: int | None = None) -> Kind:
 
 def _is_names(value: Any) -> bool:
     if isinstance(value, str):
-        return value == "auto"
+        return value in ("auto", "published")
     return isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
 
 
 def _names(text: str) -> str | list[str]:
     names = [name for part in text.split(",") if (name := part.strip())]
-    return "auto" if names in ([], ["auto"]) else names
+    if names in ([], ["auto"], ["published"]):
+        return "".join(names) or "auto"
+    return names
 
 
 def _choice(*names: str) -> Kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,50 @@ def test_equals_full_backward(family, dtype, tolerance, monkeypatch):
         assert relative(without.keys[m], keys[m]) <= tolerance, m
     assert relative(without.margin, margin) <= tolerance
     assert torch.equal(without.owner, got.owner) and torch.equal(without.rival, got.rival)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "qwen3", "gemma3"])
+def test_rows_at_other_places_equal_the_full_backward(family):
+    model, modules = make_model(family, torch.float64)
+    plain = make_sequences()
+    places = [(max(0, len(s.prompt_ids) - 2),) if i % 2 else (0,) for i, s in enumerate(plain)]
+    placed = [replace(s, places=at) for s, at in zip(plain, places, strict=True)]
+    got = capture(model, placed, modules)
+    total = sum(len(s.target_ids) for s in plain)
+    assert got.row_owner.tolist() == list(range(len(plain))) and not got.at_answers
+    assert got.owner.tolist() == [i for i, s in enumerate(plain) for _ in s.target_ids]
+    for i, (s, (at,)) in enumerate(zip(plain, places, strict=True)):
+        keys, grads, loss = whole_pass(model.eval(), s, modules)
+        for m in modules:
+            assert relative(got.keys[m][i], keys[m][at]) <= 1e-9, m
+            # Beyond a sliding window they are zero.
+            expected = grads[m][at] / total
+            torch.testing.assert_close(got.grads[m][i], expected, rtol=1e-9, atol=1e-12)
+        assert relative(got.loss[got.owner == i], loss) <= 1e-9
+    with pytest.raises(ValueError, match="sequence 0 is to be changed at tokens"):
+        capture(model, [replace(plain[0], places=(99,))], modules)
+
+
+def whole_pass(model, sequence, modules):
+    """Keys and gradients of the summed loss at all positions, and the loss of each target token."""
+    seen = {}
+
+    def read(name):
+        def hook(_module, args, output):
+            output.retain_grad()
+            seen[name] = (args[0], output)
+
+        return hook
+
+    handles = [model.get_submodule(m).register_forward_hook(read(m)) for m in modules]
+    ids = torch.tensor([sequence.prompt_ids + sequence.target_ids[:-1]])
+    logits = model(input_ids=ids).logits[0, len(sequence.prompt_ids) - 1 :]
+    loss = F.cross_entropy(logits, torch.tensor(sequence.target_ids), reduction="none")
+    loss.sum().backward()
+    for handle in handles:
+        handle.remove()
+    keys = {m: seen[m][0][0].detach() for m in modules}
+    return keys, {m: seen[m][1].grad[0] for m in modules}, loss.detach()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma2"])

@@ -16,7 +16,13 @@ from transformers import (
 )
 
 from ultraedit_kernels.editor import Editor
-from ultraedit_kernels.model.presets import PAPER, PAPER_TURN_SIZE, default_modules, resolve_modules
+from ultraedit_kernels.model.presets import (
+    PAPER,
+    PAPER_TURN_SIZE,
+    default_modules,
+    reads_names,
+    resolve_modules,
+)
 
 
 def build(model_type: str, **sizes: object) -> nn.Module:
@@ -73,7 +79,8 @@ PAPER_MODULES = [
 )
 def test_the_papers_modules(model_type: str, sizes: dict[str, object], expected: list[str]) -> None:
     model = build(model_type, **sizes)
-    assert resolve_modules(model, model.config, "auto") == expected
+    assert resolve_modules(model, model.config, "published") == expected
+    assert not reads_names(model.config, expected) or model_type == "llama"  # 11-24 of 32 layers
 
 
 def test_the_papers_settings_are_keyword_arguments_of_the_editor() -> None:
@@ -102,7 +109,7 @@ def test_a_multimodal_wrapper_gets_its_text_models_preset() -> None:
     model = gemma3(62, 5376, 21504, vision=1)
     prefix = "model.language_model.layers"
     expected = [f"{prefix}.{i}.mlp.{p}_proj" for p in ("gate", "up") for i in range(52, 61)]
-    assert resolve_modules(model, model.config, "auto") == expected
+    assert resolve_modules(model, model.config, "published") == expected
 
 
 def test_a_vision_tower_of_the_same_depth_and_width_is_left_alone() -> None:
@@ -118,9 +125,10 @@ def test_a_vision_tower_of_the_same_depth_and_width_is_left_alone() -> None:
         ("llama", sized(4, 128, 384), names(DOWN, range(4))),
         ("llama", sized(8, 128, 384), names(DOWN, range(4, 8))),
         ("llama", sized(1, 128, 384), names(DOWN, range(1))),
-        # Llama-2-7B: depth and width of LLaMA-3-8B, another MLP.
-        ("llama", sized(32, 4096, 11008), names(DOWN, range(24, 32))),
-        ("qwen3", sized(36, 128, 384), names(DOWN, range(27, 36))),
+        # Deep enough for edits at names: early layers, whatever the paper edits in this size.
+        ("llama", sized(30, 128, 384), names(DOWN, range(3, 9))),
+        ("mistral", sized(32, 4096, 14336), names(DOWN, range(3, 10))),
+        ("qwen3", sized(12, 128, 384), names(DOWN, range(1, 4))),
         (
             "gptj",
             {"n_layer": 4, "n_embd": 128, "n_head": 4, "rotary_dim": 8, "vocab_size": 256},
@@ -142,6 +150,19 @@ def test_the_rule(model_type: str, sizes: dict[str, object], expected: list[str]
     model = build(model_type, **sizes)
     assert default_modules(model, model.config) == expected
     assert resolve_modules(model, model.config, "auto") == expected
+
+
+def test_the_published_rule_takes_late_layers() -> None:
+    # Llama-2-7B: depth and width of LLaMA-3-8B, another MLP.
+    model = build("llama", **sized(32, 4096, 11008))
+    assert resolve_modules(model, model.config, "published") == names(DOWN, range(24, 32))
+
+
+def test_names_are_read_in_the_first_half_of_a_deep_model() -> None:
+    deep, flat = (build("llama", **sized(layers, 128, 384)).config for layers in (12, 8))
+    assert reads_names(deep, names(DOWN, range(1, 4)))
+    assert not reads_names(deep, names(DOWN, range(1, 7)))
+    assert not reads_names(flat, names(DOWN, range(1, 4)))
 
 
 def test_the_rule_does_not_guess() -> None:

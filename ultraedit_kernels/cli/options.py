@@ -120,6 +120,6 @@ def editor_settings(given: dict[str, Any], published: bool) -> dict[str, Any]:
                     param_hint=TABLE[name].flag,
                 )
     settings = {**(PAPER if published else {}), **given}
-    settings |= {name: given.get(name, TABLE[name].default) for name in ("seed", "modules")}
+    settings = {name: TABLE[name].default for name in ("seed", "modules")} | settings
     check(settings, "researcher")
     return settings

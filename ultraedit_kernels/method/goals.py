@@ -23,19 +23,22 @@ PATIENCE = 8
 
 @dataclass
 class Goal:
-    """An edit, in all its phrasings, or the repair of a watched sequence that the turn broke."""
+    """An edit, in all its phrasings, its contexts, or the repair of a watched sequence that the
+    turn broke."""
 
     wanted: float
     """Logits by which every token must lead for the goal to hold."""
     repairs: int | None = None
     """The index of the watched sequence that is repaired; None for an edit."""
+    patience: int | None = None
+    """Steps after which it is left as it is; None for never."""
     rounds: int = 0
     """Steps that were taken for it."""
 
     @property
     def given_up(self) -> bool:
         """Whether it is left as it is."""
-        return self.repairs is not None and self.rounds >= PATIENCE
+        return self.patience is not None and self.rounds >= self.patience
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Round:
     modules: list[str]
     """In the order in which they are edited."""
     positions: Positions
+    """Of the rows where the model is changed."""
     margin: Tensor
     """[goals] least lead of a token, logits."""
     loss: Tensor
@@ -81,19 +85,25 @@ class Round:
     def of(cls, batches: list[Batch], modules: list[str], goals: int) -> Round:
         """What these batches show of so many goals."""
         captured = [batch.captured for batch in batches]
-        goal_of = torch.tensor([goal for batch in batches for goal in batch.goal_of])
-        lengths = torch.cat([c.owner.bincount() for c in captured])
-        at = Positions(
-            goal_of.to(lengths.device).repeat_interleave(lengths),
-            torch.cat([torch.full_like(c.loss, len(c.loss)) for c in captured]),
-            goals,
+        rows, answers = (
+            Positions(
+                torch.cat([_goals(b, owner) for b, owner in zip(batches, owners, strict=True)]),
+                torch.cat(
+                    [
+                        c.loss.new_full((len(owner),), len(c.loss))
+                        for c, owner in zip(captured, owners, strict=True)
+                    ]
+                ),
+                goals,
+            )
+            for owners in ([c.row_owner for c in captured], [c.owner for c in captured])
         )
-        margin = at.reduce(torch.cat([c.margin for c in captured]), "amin")
+        margin = answers.reduce(torch.cat([c.margin for c in captured]), "amin")
         loss, objective = (
-            at.reduce(torch.cat(values), "sum")
+            answers.reduce(torch.cat(values), "sum")
             for values in ([c.loss for c in captured], [c.objective for c in captured])
         )
-        return cls(batches, modules, at, margin, loss, objective)
+        return cls(batches, modules, rows, margin, loss, objective)
 
     @property
     def captured(self) -> list[Captured]:
@@ -109,6 +119,11 @@ class Round:
         return {n: torch.cat([c.grads[n] for c in self.captured]) for n in self.modules}
 
 
+def _goals(batch: Batch, owner: Tensor) -> Tensor:
+    """The goal of each row, of which `owner` [rows] says the sequence in the batch."""
+    return torch.tensor(batch.goal_of, device=owner.device)[owner]
+
+
 class Goals:
     """The goals of a turn, edits first, and the sequences that they consist of.
 
@@ -116,18 +131,31 @@ class Goals:
         sequences: what must be said, as tokens.
         edit_of: per sequence, the edit that it teaches.
         margin: the lead asked of an edit in one phrasing, logits.
+        contexts: sequences that say an edit's target after further text, by the edit: goals of
+            their own, which the edit holds without.
     """
 
-    def __init__(self, sequences: Seq[Sequence], edit_of: Seq[int], margin: float) -> None:
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        edit_of: Seq[int],
+        margin: float,
+        contexts: Mapping[int, Seq[Sequence]] | None = None,
+    ) -> None:
         self._sequences, self._goal_of, self._margin = list(sequences), list(edit_of), margin
         counts = [self._goal_of.count(edit) for edit in range(max(edit_of) + 1)]
         self.edits = [Goal(wanted_margin(margin, phrasings)) for phrasings in counts]
+        self.contexts: list[Goal] = []
         self.repairs: list[Goal] = []
+        for texts in (contexts or {}).values():
+            self._sequences += texts
+            self._goal_of += [len(self.all)] * len(texts)
+            self.contexts.append(Goal(min(margin, LEAST_MARGIN), patience=PATIENCE))
 
     @property
     def all(self) -> list[Goal]:
-        """Edits and repairs, in the order of `Round.margin`."""
-        return self.edits + self.repairs
+        """Edits, contexts and repairs, in the order of `Round.margin`."""
+        return self.edits + self.contexts + self.repairs
 
     def repair(self, broken: Seq[int], watch: Watch) -> None:
         """Take on the watched sequences of these indices as further goals."""
@@ -135,7 +163,8 @@ class Goals:
             self._sequences.append(watch.sequences[i])
             self._goal_of.append(len(self.all))
             # An edit that broke once is as likely to break again as its lead is short.
-            self.repairs.append(Goal(SURE if i < watch.own else self._margin, repairs=i))
+            wanted = SURE if i < watch.own else self._margin
+            self.repairs.append(Goal(wanted, repairs=i, patience=PATIENCE))
 
     def capture(
         self, model: nn.Module, modules: Seq[str], batch_size: int
@@ -170,7 +199,7 @@ class Goals:
 
     def repaired(self, seen: Round) -> int:
         """How many repairs lead again."""
-        return int((seen.margin[len(self.edits) :] > 0).sum())
+        return int((seen.margin[len(self.edits) + len(self.contexts) :] > 0).sum())
 
     def taught(self, seen: Round, holds: Tensor) -> list[Taught]:
         """What became of each edit."""
@@ -181,7 +210,7 @@ class Goals:
     def held_keys(self, seen: Round, holds: Tensor) -> dict[str, Tensor]:
         """Module → keys [m, d_in] of the edits that hold."""
         goal = seen.positions.goal
-        held = holds[goal] & (goal < len(self.edits))
+        held = holds[goal] & (goal < len(self.edits) + len(self.contexts))
         return {name: keys[held] for name, keys in seen.keys().items()}
 
     def watch(self, seen: Round, holds: Tensor, weights: Mapping[str, Tensor]) -> Watch:

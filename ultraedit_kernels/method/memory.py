@@ -37,6 +37,7 @@ from ultraedit_kernels.method.protect import (
     hold_edits,
     own_anchors,
     own_answers,
+    own_keys,
     own_texts,
 )
 from ultraedit_kernels.method.repair import Watch
@@ -117,6 +118,7 @@ class Memory:
         rows: that the protected keys of a module are compressed to.
         ridge: λ of the ridge regression that the keys are compressed for.
         seed: of the sampled texts.
+        at_names: whether edits are made at names, see `locate`.
     """
 
     def __init__(
@@ -127,8 +129,9 @@ class Memory:
         rows: int,
         ridge: float,
         seed: int,
+        at_names: bool = False,
     ) -> None:
-        self._weights, self._texts = weights, texts
+        self._weights, self._texts, self._at_names = weights, texts, at_names
         self._rows, self._ridge, self._seed = rows, ridge, seed
         self.statistics_of = {
             name: name if sharing == "per-module" else "x".join(map(str, weight.shape))
@@ -204,7 +207,8 @@ class Memory:
             self._at_start = Anchors.empty(self._weights)
             return
         texts = own_texts(model, tokenizer, self._texts, self._seed)
-        anchors = own_anchors(model, texts, self._weights, self._ridge, self._rows)
+        gather = own_keys if self._at_names else own_anchors
+        anchors = gather(model, texts, self._weights, self._ridge, self._rows)
         self._at_start = hold_edits(
             anchors, model, self._edits_before, list(self._weights), self._ridge, self._rows
         )
@@ -260,6 +264,10 @@ class Memory:
         locality = list({str(p): p for r in requests for p in r.locality}.values())
         if locality:
             answers = own_answers(model, tokenizer, locality)
+            if self._at_names:  # the names in the prompts are what must not move
+                answers = [
+                    Sequence(s.prompt_ids[:1], s.prompt_ids[1:] + s.target_ids) for s in answers
+                ]
             yield Phase.ANCHORS
             for texts, captured in captures(model, answers, list(self._weights)):
                 anchors = anchors.hold(captured.keys, self._ridge, self._rows)

@@ -85,6 +85,37 @@ class Anchors:
         return replace(self, keys={**self.keys, **extended})
 
 
+def own_keys(
+    model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
+) -> Anchors:
+    """Anchors for edits at names, from texts that the model wrote: their keys at all tokens.
+
+    What early layers say at a token reaches the leads of others in ways that no first-order
+    change shows: the texts are not watched, but kept for the guards.
+
+    Args: as of `own_anchors`.
+    """
+    moments = {
+        name: w.new_zeros(w.shape[1], w.shape[1], dtype=torch.float64)
+        for name, w in weights.items()
+    }
+    sure: list[Sequence] = []
+    for part, captured in captures(model, texts, list(weights), backward=False):
+        for name, moment in moments.items():
+            keys = captured.keys[name].double()
+            moment += keys.T @ keys
+        sure += [run.sequence for _, run in _sure_runs(part, captured)]
+    anchors = Anchors.empty(weights)
+    weight = min(1.0, OWN_WEIGHT / max(1, len(texts)))
+    for name, moment in moments.items():
+        squares, directions = torch.linalg.eigh(moment * weight)
+        kept = squares.clamp_min(0.0)[-limit:]
+        share = (kept / (kept + ridge)).sqrt()
+        anchors.keys[name] = share[:, None] * directions.T[-limit:]
+    watch = replace(anchors.watch, sequences=sure, own=len(sure))
+    return replace(anchors, watch=watch)
+
+
 def own_anchors(
     model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
 ) -> Anchors:
@@ -135,7 +166,7 @@ def hold_edits(
         holds = least.scatter_reduce(0, captured.owner, captured.margin, "amin") > 0
         new = {i: edit for i, edit in enumerate(part) if holds[i]}
         anchors = replace(anchors, watch=anchors.watch.join(Watch.of(captured, new)))
-        keys = {name: every[holds[captured.owner]] for name, every in captured.keys.items()}
+        keys = {name: every[holds[captured.row_owner]] for name, every in captured.keys.items()}
         anchors = anchors.hold(keys, ridge, limit, HELD_WEIGHT)
     return anchors
 
@@ -146,15 +177,16 @@ def _bounded(rows: Tensor, limit: int) -> Tensor:
 
 
 def captures(
-    model: Any, sequences: Seq[Sequence], modules: Seq[str]
+    model: Any, sequences: Seq[Sequence], modules: Seq[str], backward: bool = True
 ) -> Iterator[tuple[Seq[Sequence], Captured]]:
-    """Capture sequences with the slopes of their leads, in batches of bounded memory."""
+    """Capture sequences, with the slopes of their leads if `backward`, in batches of bounded
+    memory."""
     longest = max((len(s.target_ids) for s in sequences), default=1)
     vocabulary = model.config.get_text_config().vocab_size
     size = max(1, min(SAMPLE_BATCH, CAPTURE_LOGITS // (longest * vocabulary)))
     for i in range(0, len(sequences), size):
         part = sequences[i : i + size]
-        yield part, capture(model, part, modules, margin=OUT_OF_REACH)
+        yield part, capture(model, part, modules, backward=backward, margin=OUT_OF_REACH)
 
 
 def own_texts(model: Any, tokenizer: Any, count: int, seed: int) -> list[Sequence]:

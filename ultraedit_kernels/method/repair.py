@@ -85,7 +85,18 @@ class Watch:
             captured: the batch, with gradients.
             sequences: those to watch, by their index in the batch.
             rows: of the batch, the tokens to keep; by default the weakest ones of each sequence.
+                None of a sequence that is changed at other places than its answer positions: no
+                first-order change of its leads is known.
         """
+        elsewhere = any(sequence.places for sequence in sequences.values())
+        if elsewhere or not captured.at_answers:
+            keys, slopes = (
+                {name: rows[:0] for name, rows in named.items()}
+                for named in (captured.keys, captured.grads)
+            )
+            none = captured.owner[:0]
+            lead = none.float()
+            return cls(list(sequences.values()), 0, none, none, keys, slopes, lead, lead)
         if rows is None:
             kept = weakest(captured)
             rows = [row for i in sequences for row in kept[i]]

@@ -36,6 +36,7 @@ def turn(
     anchors: Anchors,
     settings: MethodSettings,
     number: int,
+    contexts: Mapping[int, Seq[Sequence]] | None = None,
 ) -> Generator[Phase, None, Turn]:
     """Step until every edit holds, changing `weights` in place; yields after each slice of work.
 
@@ -49,13 +50,13 @@ def turn(
     """
     size, budget = settings.batch_size, settings.repairs * settings.closed_loop
     change = Change(weights, start, statistics, share, settings, number)
-    goals = Goals(sequences, edit_of, settings.margin)
+    goals = Goals(sequences, edit_of, settings.margin, contexts)
     repairs = Repairs(anchors.watch, anchors.keys, sequences, budget, number)
     taken = 0
     while True:
         # One forward pass both judges the last step and captures the next one.
         seen = yield from goals.capture(model, list(weights), size)
-        if taken == 0:
+        if taken == 0 and not any(sequence.places for sequence in sequences):
             repairs.expect(*seen.captured)
         holds = goals.hold(seen)
         spent = taken == settings.rounds

@@ -1,9 +1,10 @@
-"""The side pass: keys, gradients and losses at the answer positions, from a short graph.
+"""The side pass: losses at the answer positions, and keys and gradients where the model is changed,
+from a short graph.
 
-In a causal model an output can influence the loss only at its own and later positions, and the
-answer positions end the sequence. So the prompt but for its last token runs once without autograd
-into a KV cache, and only the answer positions run with it, from the first edited module upward.
-The gradients equal those of the full backward pass exactly (UltraEdit, arXiv 2505.14679, §3).
+In a causal model an output can influence the loss only at its own and later positions. So what
+precedes the first changed position runs once without autograd into a KV cache, and only the rest
+runs with it, from the first edited module upward. The gradients equal those of the full backward
+pass exactly (UltraEdit, arXiv 2505.14679, §3).
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ in float32."""
 
 @dataclass(frozen=True)
 class Captured:
-    """One capture batch; its n rows are the answer positions, sequence after sequence."""
+    """One capture batch: n answer tokens, and m rows where the model is changed, which are the
+    answer positions too unless a sequence names other places; both sequence after sequence."""
 
     keys: dict[str, Tensor]
-    """Per module [n, d_in], in the model's dtype."""
+    """Per module [m, d_in], in the model's dtype."""
     grads: dict[str, Tensor]
-    """Per module [n, d_out], in the model's dtype (float16: float32): gradient of the objective
+    """Per module [m, d_out], in the model's dtype (float16: float32): gradient of the objective
     averaged over the n answer tokens. Empty when captured without gradients."""
+    row_owner: Tensor
+    """[m] int64: index of the sequence in the batch."""
     owner: Tensor
     """[n] int64: index of the sequence in the batch."""
     loss: Tensor
@@ -48,6 +52,11 @@ class Captured:
     rival: Tensor
     """[n] int64: the best other token; the greedy choice where the margin is below 0."""
 
+    @property
+    def at_answers(self) -> bool:
+        """Whether the rows are those of the answer tokens."""
+        return torch.equal(self.row_owner, self.owner)
+
 
 def capture(
     model: nn.Module,
@@ -57,11 +66,12 @@ def capture(
     backward: bool = True,
     margin: float | Seq[float] = 0.0,
 ) -> Captured:
-    """Run one batch of sequences and read the named modules at the answer positions.
+    """Run one batch of sequences, and read the named modules where each is to be changed.
 
     Args:
         model: a Hugging Face causal language model. Left as found: no hooks, same flags.
         sequences: prompts and targets as token ids, mixed lengths, each with at least one token.
+            Rows are read at their places, or at the answer positions of those that name none.
         modules: dotted names of `nn.Linear` modules. If they are divided among ranks, all ranks
             call this with the same arguments, and all get the same whole keys and gradients.
         backward: also compute the gradients.
@@ -85,14 +95,14 @@ def _capture(
     margin: float | Seq[float],
 ) -> Captured:
     batch = _pad(sequences, model.get_input_embeddings().weight.device, backward)
-    prefix, answer = batch.prefix_ids.shape[1], batch.answer_ids.shape[1]
-    columns = torch.arange(prefix + answer, device=batch.gap.device)
-    reader = _Reader(batch.answer)
+    prefix, rest = batch.prefix_ids.shape[1], batch.rest_ids.shape[1]
+    columns = torch.arange(prefix + rest, device=batch.gap.device)
+    reader = _Reader(batch.rows, batch.answer)
     with reader.attached(model, modules):
         past = _prefill(model, batch) if prefix else None
         with torch.set_grad_enabled(backward), reader.reading():
             logits = model(
-                input_ids=batch.answer_ids,
+                input_ids=batch.rest_ids,
                 attention_mask=(columns >= batch.gap[:, None]).long(),
                 position_ids=columns[prefix:] - batch.gap[:, None],
                 past_key_values=past,
@@ -110,7 +120,7 @@ def _capture(
             half = outputs[0].dtype == torch.float16
             loss = objective.mean() * (LOSS_SCALE if half else 1.0)
             for name, g in zip(reader.outputs, torch.autograd.grad(loss, outputs), strict=True):
-                g = g[batch.answer]
+                g = g[batch.rows]
                 grads[name] = g.float().div_(LOSS_SCALE) if half else g
         for name in modules:
             if (shard := shard_of(model.get_submodule(name))) is not None:
@@ -125,6 +135,7 @@ def _capture(
     return Captured(
         reader.keys,
         grads,
+        batch.rows.nonzero()[:, 0],
         batch.owner,
         loss,
         objective.detach(),
@@ -136,15 +147,16 @@ def _capture(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prefixes and answers of a batch; `gap` columns of padding precede each row's prefix.
+    """Prefixes and rests of a batch; `gap` columns of padding precede each row's prefix.
 
-    Without a graph to keep short there are no prefixes, and the answers are whole sequences.
+    Without a graph to keep short there are no prefixes, and the rests are whole sequences.
     """
 
     prefix_ids: Tensor  # [batch, prefix], padded on the right
-    answer_ids: Tensor  # [batch, answer], padded on the right
+    rest_ids: Tensor  # [batch, rest], padded on the right
     gap: Tensor  # [batch]: columns of prefix padding
-    answer: Tensor  # [batch, answer] bool: where a target token is predicted
+    rows: Tensor  # [batch, rest] bool: where the model is changed
+    answer: Tensor  # [batch, rest] bool: where a target token is predicted
     labels: Tensor  # [n]
     owner: Tensor  # [n]
 
@@ -157,15 +169,22 @@ def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
     rows = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
     first = torch.tensor([len(s.prompt_ids) - 1 for s in sequences], device=device)
     targets = torch.tensor([len(s.target_ids) for s in sequences], device=device)
-    prefixes = first if split else torch.zeros_like(first)
-    cuts = prefixes.tolist()
-    answer_ids = padded([row[cut:] for row, cut in zip(rows, cuts, strict=True)])
-    columns = torch.arange(answer_ids.shape[1], device=device) + prefixes[:, None]
+    cuts = [min(s.places, default=len(s.prompt_ids) - 1) if split else 0 for s in sequences]
+    prefixes = torch.tensor(cuts, device=device)
+    rest_ids = padded([row[cut:] for row, cut in zip(rows, cuts, strict=True)])
+    columns = torch.arange(rest_ids.shape[1], device=device) + prefixes[:, None]
+    answer = (columns >= first[:, None]) & (columns < (first + targets)[:, None])
+    changed = answer.clone()
+    for i, s in enumerate(sequences):
+        if s.places:
+            changed[i] = False
+            changed[i, [place - cuts[i] for place in s.places]] = True
     return _Batch(
         prefix_ids=padded([row[:cut] for row, cut in zip(rows, cuts, strict=True)]),
-        answer_ids=answer_ids,
+        rest_ids=rest_ids,
         gap=prefixes.max() - prefixes,
-        answer=(columns >= first[:, None]) & (columns < (first + targets)[:, None]),
+        rows=changed,
+        answer=answer,
         labels=torch.tensor([t for s in sequences for t in s.target_ids], device=device),
         owner=torch.arange(len(sequences), device=device).repeat_interleave(targets),
     )
@@ -196,8 +215,8 @@ def _prefill(model: Any, batch: _Batch) -> Any:
 class _Reader:
     """The one owner of hooks: reads the edited modules and trims the output head's work."""
 
-    def __init__(self, answer: Tensor) -> None:
-        self.answer = answer
+    def __init__(self, rows: Tensor, answer: Tensor) -> None:
+        self.rows, self.answer = rows, answer
         self.keys: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self._active = False
@@ -224,7 +243,7 @@ class _Reader:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self._active:
                 return None
-            self.keys[name] = args[0].detach()[self.answer]
+            self.keys[name] = args[0].detach()[self.rows]
             if torch.is_grad_enabled() and not output.requires_grad:
                 output = output.detach().requires_grad_()  # the graph starts here
             self.outputs[name] = output
@@ -279,4 +298,8 @@ def _check(model: Any, sequences: Seq[Sequence]) -> None:
             raise ValueError(
                 f"sequence {i} has {length} tokens, expected at most the model's {limit}; "
                 "shorten the prompt"
+            )
+        if not all(0 <= place < length for place in s.places):
+            raise ValueError(
+                f"sequence {i} is to be changed at tokens {s.places}, expected 0 to {length - 1}"
             )

@@ -23,6 +23,8 @@ class Sequence:
 
     prompt_ids: list[int]
     target_ids: list[int]
+    places: tuple[int, ...] = ()
+    """Prompt tokens at which the model is changed, ascending; none for the answer positions."""
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -130,14 +132,19 @@ def pad_right(rows: Seq[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 
 
 def to_tensors(sequences: Seq[Sequence]) -> dict[str, Tensor]:
-    """Sequences for a file: "tokens" [n, longest] int32, prompt and target padded with -1, and
-    "prompt" [n] int32, how many of them are the prompt."""
+    """Sequences for a file: "tokens" [n, longest] int32, prompt and target padded with -1,
+    "prompt" [n] int32, how many of them are the prompt, and where any sequence names places
+    "places" [n, most] int32, padded with -1."""
     rows = [s.prompt_ids + s.target_ids for s in sequences]
     tokens = torch.full((len(rows), max(map(len, rows), default=0)), -1, dtype=torch.int32)
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = torch.tensor(ids)
     prompt = torch.tensor([len(s.prompt_ids) for s in sequences], dtype=torch.int32)
-    return {"tokens": tokens, "prompt": prompt}
+    tensors = {"tokens": tokens, "prompt": prompt}
+    if most := max((len(s.places) for s in sequences), default=0):
+        padded = [[*s.places, *[-1] * (most - len(s.places))] for s in sequences]
+        tensors["places"] = torch.tensor(padded, dtype=torch.int32)
+    return tensors
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> list[Sequence]:
@@ -145,4 +152,8 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> list[Sequence]:
     belong together."""
     rows = [[t for t in row if t >= 0] for row in tensors["tokens"].tolist()]
     prompts = tensors["prompt"].tolist()
-    return [Sequence(ids[:n], ids[n:]) for ids, n in zip(rows, prompts, strict=True)]
+    places = tensors["places"].tolist() if "places" in tensors else [[]] * len(rows)
+    return [
+        Sequence(ids[:n], ids[n:], tuple(place for place in at if place >= 0))
+        for ids, n, at in zip(rows, prompts, places, strict=True)
+    ]

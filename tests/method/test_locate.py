@@ -1,0 +1,136 @@
+"""Where edits at names are made, on the bundled model: too small to say what a text is about, it
+shows what happens then, and how places are found in tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.method.small import run
+from ultraedit_kernels import Editor, EditRequest
+from ultraedit_kernels.method import locate
+from ultraedit_kernels.method.protect import Anchors, own_keys, own_texts
+from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.encoding import Sequence, encode
+from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.presets import default_modules
+
+PROMPT = "The capital of Australia is"
+CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
+
+
+@pytest.fixture(scope="module")
+def anchors(request, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    from tests.conftest import BUNDLED
+
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    names = default_modules(model, model.config)[:2]
+    weights = {name: model.get_submodule(name).weight.data for name in names}
+    texts = own_texts(model, tokenizer, 40, seed=0)
+    return model, weights, texts, own_keys(model, texts, weights, ridge=1.0, limit=4096)
+
+
+def test_keys_of_own_texts_are_all_that_a_ridge_system_sees_of_them(anchors) -> None:
+    model, weights, texts, held = anchors
+    for name in weights:
+        rows = torch.cat([capture(model, [t], [name], backward=False).keys[name] for t in texts])
+        a = rows.double()
+        expected = a.T @ torch.linalg.solve(a @ a.T + torch.eye(len(a)), a)
+        shield = held.keys[name]
+        torch.testing.assert_close(shield.T @ shield, expected, rtol=1e-4, atol=1e-5)
+    assert held.watch.own == len(held.watch) and not len(held.watch.lead)
+
+
+def test_a_model_that_is_not_sure_names_nothing(anchors, tokenizer) -> None:
+    assert locate.name_ends(anchors[0], tokenizer, [PROMPT]) == [None]
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, CHAT])
+def test_the_rarest_key_of_what_is_asked_is_taken_instead(anchors, tokenizer, prompt) -> None:
+    model, weights, texts, held = anchors
+    sequence = encode(tokenizer, prompt, "Sydney")
+    _, (placed,) = run(locate.place(model, tokenizer, [prompt], [sequence], held.keys))
+    ids = sequence.prompt_ids
+    rarity = torch.zeros(len(ids), dtype=torch.float64)
+    whole = Sequence(ids[:1], [*ids[1:], 0])
+    for name in weights:
+        moment = torch.zeros(weights[name].shape[1], weights[name].shape[1], dtype=torch.float64)
+        for text in texts:
+            keys = capture(model, [text], [name], backward=False).keys[name].double()
+            moment += keys.T @ keys
+        keys = capture(model, [whole], [name], backward=False).keys[name].double()
+        left = (keys * torch.linalg.solve(moment + torch.eye(len(moment)), keys.T).T).sum(1)
+        rarity += left / left.sum()
+    content = locate.content_of(prompt)
+    text = [tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
+    inside = [i for i in range(1, len(ids)) if content.startswith(text[i][-1]) or text[i - 1]]
+    inside = [i for i in inside if content in text[-1] and len(text[i]) > text[-1].rfind(content)]
+    inside = [i for i in inside if len(text[i - 1]) < text[-1].rfind(content) + len(content)]
+    assert placed.places == (max(inside, key=lambda i: float(rarity[i])),)
+    assert placed.prompt_ids == ids and placed.target_ids == sequence.target_ids
+
+
+def test_content_is_the_last_message_of_the_user() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello"},
+        *CHAT,
+    ]
+    assert locate.content_of(messages) == CHAT[0]["content"]
+    assert locate.content_of(PROMPT) == PROMPT
+
+
+def test_a_text_ends_as_the_model_would_end_it(anchors, tokenizer) -> None:
+    model = anchors[0]
+    plain = encode(tokenizer, PROMPT, "Canberra")
+    (ended,) = locate.natural_ends(model, tokenizer, [PROMPT], [plain])
+    assert ended == plain  # it was trained to stop there
+    chat = encode(tokenizer, CHAT, "Canberra")
+    assert locate.natural_ends(model, tokenizer, [CHAT], [chat]) == [chat]
+
+
+def test_contexts_keep_the_place(anchors, tokenizer) -> None:
+    model, _, texts, held = anchors
+    request = EditRequest(PROMPT, "Sydney")
+    sequence = encode(tokenizer, PROMPT, "Sydney")
+    work = locate.at_names(
+        model, tokenizer, [request], [sequence], [0], Anchors(held.keys, {}, held.watch), texts
+    )
+    _, ((placed,), contexts) = run(work)
+    assert len(contexts[0]) == locate.CONTEXTS
+    for behind in contexts[0]:
+        further = len(behind.prompt_ids) - len(placed.prompt_ids)
+        assert further > 0 and behind.places == (placed.places[0] + further,)
+        assert behind.prompt_ids[further + 1 :] == placed.prompt_ids[1:]
+        assert behind.target_ids == placed.target_ids
+
+
+def test_edits_at_names_are_reported_as_they_are_and_go_back(tokenizer) -> None:
+    """The way through the editor, on a deep random model, which holds little."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=12,
+        num_attention_heads=4, initializer_range=0.1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    editor = Editor(model, tokenizer, anchors=20, rounds=4)
+    assert editor.modules == [f"model.layers.{i}.mlp.down_proj" for i in (1, 2, 3)]
+    pristine = editor.digest()
+    result = editor.apply([EditRequest(PROMPT, "Sydney"), EditRequest(CHAT, "Perth")])
+    for edit in result.edits:
+        ids = encode(tokenizer, edit.prompt, edit.target)
+        (said,) = generate(model, tokenizer, [ids.prompt_ids], max_new_tokens=len(ids.target_ids))
+        assert edit.succeeded <= (said[:-1] == ids.target_ids[:-1])
+        assert edit.rounds == 4 or edit.succeeded
+    first = editor.digest()
+    assert first != pristine
+    editor.apply([EditRequest("The author of Hamlet is", "Jane Austen")])
+    editor.rollback(1)
+    assert editor.digest() == first
+    editor.rollback(0)
+    assert editor.digest() == pristine
