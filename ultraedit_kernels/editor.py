@@ -12,10 +12,12 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from ultraedit_kernels.method import guards
+from ultraedit_kernels.method.goals import Goals
 from ultraedit_kernels.method.guards import GuardError, Guards
 from ultraedit_kernels.method.locate import CONTEXT_TEXTS, at_names
 from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.phase import Phase
+from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
 from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.method.versions import Versions
@@ -64,6 +66,7 @@ class Editor:
         versions: the versions of these weights, see `versions.Versions`.
         memory: what the stream of edits remembers, see `memory.Memory`.
         guards: what every turn must pass, see `guards.Guards`.
+        at_names: whether edits are made at names, see `locate`, or at answer positions.
 
     Raises:
         ValueError: unknown or unsuitable modules, bad settings, or a state directory that is in
@@ -106,11 +109,9 @@ class Editor:
         self.modules = resolve_modules(model, self.model.config, modules)
         self.weights = {name: weight_of(model.get_submodule(name)) for name in self.modules}
         self._append_eos = append_eos
-        closed = self.settings.closed_loop
-        self._at_names = closed and reads_names(self.model.config, self.modules)
-        self.memory = Memory(
-            self.weights, statistics, anchors, anchor_rows, ridge, seed, self._at_names
-        )
+        names = self.settings.closed_loop and reads_names(self.model.config, self.modules)
+        self.memory = Memory(self.weights, statistics, anchors, anchor_rows, ridge, seed, names)
+        self.at_names = names
         if continues is not None:
             self.memory.go_on(continues)
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
@@ -181,29 +182,16 @@ class Editor:
             anchors, named = yield from self.memory.anchors_for(
                 self.model, self.tokenizer, requests
             )
-            contexts: dict[int, list[Sequence]] = {}
-            if self._at_names:
-                sequences, contexts = yield from at_names(
-                    self.model,
-                    self.tokenizer,
-                    requests,
-                    sequences,
-                    edit_of,
-                    anchors,
-                    self.memory.own_texts(CONTEXT_TEXTS),
-                )
             work = turn(
                 self.model,
                 self.weights,
                 start,
-                sequences,
-                edit_of,
+                (yield from _goals(self, requests, sequences, edit_of, anchors)),
                 self.memory.statistics,
                 self.memory.statistics_of,
                 anchors,
                 self.settings,
                 self.version + 1,
-                contexts,
             )
             done = yield from clock.timed(work)
             outcomes, measured, rejected = outcomes_of(requests, done), {}, None
@@ -340,6 +328,23 @@ class Editor:
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0
         return self.guards.measure(start, texts, lost, self.settings.batch_size)
+
+
+def _goals(
+    editor: Editor,
+    requests: Seq[EditRequest],
+    sequences: list[Sequence],
+    edit_of: list[int],
+    anchors: Anchors,
+) -> Generator[Phase, None, Goals]:
+    """What a turn must make the model say."""
+    margin, contexts = editor.settings.margin, None
+    if editor.at_names:
+        texts = editor.memory.own_texts(CONTEXT_TEXTS)
+        sequences, contexts = yield from at_names(
+            editor.model, editor.tokenizer, requests, sequences, edit_of, anchors, texts
+        )
+    return Goals(sequences, edit_of, margin, contexts)
 
 
 def _finish(work: Generator[Any, None, T]) -> T:

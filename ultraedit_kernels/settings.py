@@ -95,9 +95,7 @@ def _is_names(value: Any) -> bool:
 
 def _names(text: str) -> str | list[str]:
     names = [name for part in text.split(",") if (name := part.strip())]
-    if names in ([], ["auto"], ["published"]):
-        return "".join(names) or "auto"
-    return names
+    return "".join(names) or "auto" if names in ([], ["auto"], ["published"]) else names
 
 
 def _choice(*names: str) -> Kind:

@@ -61,4 +61,4 @@ def test_only_what_was_given_reaches_the_command() -> None:
 def test_published_settings_stand_for_those_that_were_not_given() -> None:
     assert editor_settings({}, False) == {"seed": 0, "modules": "auto"}
     published = editor_settings({"lr": 1e-3, "seed": 5}, True)
-    assert published == presets.PAPER | {"lr": 1e-3, "seed": 5, "modules": "auto"}
+    assert published == presets.PAPER | {"lr": 1e-3, "seed": 5, "modules": "published"}

@@ -10,6 +10,7 @@ import torch
 
 from tests.method.small import MODULES, prompts, random_model, run, said, weights_of
 from ultraedit_kernels.method.change import Turn
+from ultraedit_kernels.method.goals import Goals
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors, captures
 from ultraedit_kernels.method.repair import Watch
@@ -43,7 +44,8 @@ def one_turn(
     empty = {n: Statistics.empty(w.shape[1], w.shape[0]) for n, w in weights.items()}
     anchors = Anchors.empty(weights) if anchors is None else anchors
     share = {name: name for name in weights}
-    work = turn(model, weights, start, sequences, edit_of, empty, share, anchors, settings, number)
+    goals = Goals(sequences, edit_of, settings.margin)
+    work = turn(model, weights, start, goals, empty, share, anchors, settings, number)
     phases, result = run(work)
     for name, weight in weights.items():  # a replay gives the same bits
         result.delta[name].apply(start[name])

@@ -120,6 +120,7 @@ def editor_settings(given: dict[str, Any], published: bool) -> dict[str, Any]:
                     param_hint=TABLE[name].flag,
                 )
     settings = {**(PAPER if published else {}), **given}
-    settings = {name: TABLE[name].default for name in ("seed", "modules")} | settings
+    modules = "published" if published else TABLE["modules"].default
+    settings = {"seed": TABLE["seed"].default, "modules": modules} | settings
     check(settings, "researcher")
     return settings

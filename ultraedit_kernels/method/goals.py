@@ -142,13 +142,15 @@ class Goals:
         margin: float,
         contexts: Mapping[int, Seq[Sequence]] | None = None,
     ) -> None:
-        self._sequences, self._goal_of, self._margin = list(sequences), list(edit_of), margin
+        self._goal_of, self._margin = list(edit_of), margin
+        self.sequences = list(sequences)
+        """All of them; those of repairs come last."""
         counts = [self._goal_of.count(edit) for edit in range(max(edit_of) + 1)]
         self.edits = [Goal(wanted_margin(margin, phrasings)) for phrasings in counts]
         self.contexts: list[Goal] = []
         self.repairs: list[Goal] = []
         for texts in (contexts or {}).values():
-            self._sequences += texts
+            self.sequences += texts
             self._goal_of += [len(self.all)] * len(texts)
             self.contexts.append(Goal(min(margin, LEAST_MARGIN), patience=PATIENCE))
 
@@ -160,7 +162,7 @@ class Goals:
     def repair(self, broken: Seq[int], watch: Watch) -> None:
         """Take on the watched sequences of these indices as further goals."""
         for i in broken:
-            self._sequences.append(watch.sequences[i])
+            self.sequences.append(watch.sequences[i])
             self._goal_of.append(len(self.all))
             # An edit that broke once is as likely to break again as its lead is short.
             wanted = SURE if i < watch.own else self._margin
@@ -171,8 +173,8 @@ class Goals:
     ) -> Generator[Phase, None, Round]:
         """Run all sequences through the model, and read the modules."""
         batches, goals = [], self.all
-        for i in range(0, len(self._sequences), batch_size):
-            part, goal_of = self._sequences[i : i + batch_size], self._goal_of[i : i + batch_size]
+        for i in range(0, len(self.sequences), batch_size):
+            part, goal_of = self.sequences[i : i + batch_size], self._goal_of[i : i + batch_size]
             margins = [goals[goal].wanted for goal in goal_of]
             batches.append(Batch(capture(model, part, modules, margin=margins), part, goal_of))
             yield Phase.CAPTURE

@@ -6,7 +6,6 @@ Notation of UltraEdit (arXiv 2505.14679): keys H, gradients G, values V, coeffic
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from collections.abc import Sequence as Seq
 
 from torch import Tensor, nn
 
@@ -17,7 +16,6 @@ from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.repair import Repairs
 from ultraedit_kernels.method.shield import System
 from ultraedit_kernels.method.step import descending, enlarged, free_values, sized
-from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.settings import MethodSettings
 
@@ -29,34 +27,31 @@ def turn(
     model: nn.Module,
     weights: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
-    sequences: Seq[Sequence],
-    edit_of: Seq[int],
+    goals: Goals,
     statistics: Mapping[str, Statistics],
     share: Mapping[str, str],
     anchors: Anchors,
     settings: MethodSettings,
     number: int,
-    contexts: Mapping[int, Seq[Sequence]] | None = None,
 ) -> Generator[Phase, None, Turn]:
     """Step until every edit holds, changing `weights` in place; yields after each slice of work.
 
     Args:
         model: the model that `weights` belong to; its forward pass is what is checked.
         weights: module name → W [d_out, d_in]; `start` is a copy of them.
-        sequences: what must be said, as tokens; `edit_of[i]` is the edit that sequence i teaches.
+        goals: what the model must say.
         statistics: running statistics; `share[module]` names the ones that a module uses.
         anchors: what must be left as it is.
         number: of the turn, see `Change` and `Repairs`.
     """
     size, budget = settings.batch_size, settings.repairs * settings.closed_loop
     change = Change(weights, start, statistics, share, settings, number)
-    goals = Goals(sequences, edit_of, settings.margin, contexts)
-    repairs = Repairs(anchors.watch, anchors.keys, sequences, budget, number)
+    repairs = Repairs(anchors.watch, anchors.keys, goals.sequences, budget, number)
     taken = 0
     while True:
         # One forward pass both judges the last step and captures the next one.
         seen = yield from goals.capture(model, list(weights), size)
-        if taken == 0 and not any(sequence.places for sequence in sequences):
+        if taken == 0 and all(captured.at_answers for captured in seen.captured):
             repairs.expect(*seen.captured)
         holds = goals.hold(seen)
         spent = taken == settings.rounds

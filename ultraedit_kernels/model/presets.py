@@ -17,7 +17,6 @@ from torch import nn
 from ultraedit_kernels.ops.checks import FEATURE_DTYPES
 
 PAPER: dict[str, Any] = {
-    "modules": "published",
     "lr": 1e-6,
     "ridge": 1.0,
     "rounds": 1,
