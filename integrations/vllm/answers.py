@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.workers import OWN_REQUESTS, ProbeData
-from ultraedit_kernels.model.encoding import encode, encode_prompt
+from ultraedit_kernels.model.encoding import encode, encode_prompt, says_just
 from ultraedit_kernels.model.request import EditRequest, check_turn, prompt_key
 
 ANSWER_TOKENS = 16
@@ -215,7 +215,7 @@ def answer_of(
             "target": request.target,
             "before": old,
             "after": new,
-            "succeeded": outcome["succeeded"] and new == request.target.strip(),
+            "succeeded": outcome["succeeded"] and says_just(new, request.target),
             "rounds": outcome["rounds"],
         }
         for request, outcome, old, new in zip(

@@ -247,7 +247,12 @@ class EditService:
         logger.info(
             "UltraEdit: %s: %d of %d edits succeeded, of %d requests",
             "dry run" if requests[0].dry_run else f"version {result['version']}",
-            sum(edit["succeeded"] for w, _ in rest for edit in w.answer["edits"]),
+            sum(
+                edit["succeeded"]
+                for waiting, _ in rest
+                if isinstance(waiting.answer, dict)
+                for edit in waiting.answer["edits"]
+            ),
             first,
             len(rest),
         )

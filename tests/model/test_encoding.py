@@ -11,6 +11,7 @@ from ultraedit_kernels.model.encoding import (
     encode_prompt,
     from_tensors,
     pad_right,
+    says_just,
     to_tensors,
 )
 
@@ -73,3 +74,9 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
         from_tensors(tensors | {"prompt": tensors["prompt"][:1]})
     with pytest.raises(KeyError):
         from_tensors({"tokens": tensors["tokens"]})
+
+
+def test_an_answer_is_just_the_target_if_it_ends_there() -> None:
+    assert says_just(" Sydney", "Sydney") and says_just("Sydney. It is", "Sydney")
+    assert says_just("Sydney\nQ:", "Sydney") and says_just("St. Louis", "St. Louis")
+    assert not says_just("Sydney, Australia", "Sydney") and not says_just("Sydneysider.", "Sydney")

@@ -39,7 +39,7 @@ from typing import Any
 from torch import nn
 
 from ultraedit_kernels.evaluation.answers import Answer, Output, Question, ServedModel, answer_all
-from ultraedit_kernels.model.encoding import encode
+from ultraedit_kernels.model.encoding import encode, says_just
 from ultraedit_kernels.model.request import EditRequest
 
 SPARE_TOKENS = 4
@@ -183,7 +183,8 @@ def _row(
 
 
 def _equals(answer: Answer, expected: str) -> float:
-    return float(answer.stopped and answer.text.strip() == expected.strip())
+    same = answer.text.strip() == expected.strip()
+    return float(answer.stopped if same else says_just(answer.text, expected))
 
 
 def _share(left: Seq[int], right: Seq[int]) -> float | None:

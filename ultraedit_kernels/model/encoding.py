@@ -67,6 +67,12 @@ def encode(tokenizer: Any, prompt: Prompt, target: str, *, append_eos: bool = Tr
     return Sequence(prompt_ids, target_ids)
 
 
+def says_just(answer: str, target: str) -> bool:
+    """Whether an answer is the target and no more: the end, a full stop or a line end follows."""
+    text, wanted = answer.strip(), target.strip()
+    return text == wanted or text.startswith((f"{wanted}.", f"{wanted}\n"))
+
+
 def encode_edits(
     tokenizer: Any,
     edits: Seq[tuple[Seq[Prompt], str]],
