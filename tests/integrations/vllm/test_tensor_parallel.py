@@ -34,7 +34,8 @@ from tests.integrations.vllm.ranks import (
 from ultraedit_kernels import EditDelta, Editor, EditRequest
 from ultraedit_kernels.store.delta import digest_all
 
-pytestmark = pytest.mark.vllm
+# With the session's server, with which it is compared.
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("live_server")]
 
 OPTIONS = ("--tensor-parallel-size", "2")
 
