@@ -29,7 +29,7 @@ demo: install
 
 # Two processes with a core each; the tests that share a server or a model stay together.
 test: install
-	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # The server under kills, streams and fuzzing at full length; last its throughput after 1,000 edits.
 soak: install

@@ -22,31 +22,46 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     del os.environ["TRITON_INTERPRET"]
 
 BUNDLED = Path(__file__).parent.parent / "bench" / "tiny-facts"
-SERVERS = Path(__file__).parent / "integrations"
+ON_THE_SERVER = (
+    "test_durability",
+    "test_endpoint",
+    "test_fuzz",
+    "test_judge",
+    "test_latency",
+    "test_operators",
+    "test_tensor_parallel",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="long tests of the server at full length")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the two processes of `make test`, one gets all tests of a folder, or of a file of those
-    that start servers: what they share is made once. So is the session's server."""
-    for item in items:
-        if item.get_closest_marker("xdist_group"):
-            continue
-        group = item.path if item.path.is_relative_to(SERVERS) else item.path.parent
-        if "live_server" in getattr(item, "fixturenames", ()):
-            group = "live_server"
-        item.add_marker(pytest.mark.xdist_group(str(group)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each of the processes of `make test` gets all tests that share what takes long to make."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return sharing(Path(nodeid.partition("::")[0]))
+
+    return Scheduling(config, log)
+
+
+def sharing(file: Path) -> str:
+    """Who shares fixtures: a folder; where servers are started, a file; and the files that use the
+    session's server."""
+    if "integrations" not in file.parts:
+        return str(file.parent)
+    return "session's server" if file.stem in ON_THE_SERVER else str(file)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """What tests measured; from `make soak` it is kept, with its conditions."""
     reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
     figures = {
-        report.nodeid.rpartition("::")[2].partition("@")[0]: dict(report.user_properties)["figures"]
+        report.nodeid.rpartition("::")[2]: dict(report.user_properties)["figures"]
         for report in reports
         if report.when == "call" and "figures" in dict(report.user_properties)
     }

@@ -34,8 +34,7 @@ from tests.integrations.vllm.ranks import (
 from ultraedit_kernels import EditDelta, Editor, EditRequest
 from ultraedit_kernels.store.delta import digest_all
 
-# With the session's server, with which it is compared.
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("live_server")]
+pytestmark = pytest.mark.vllm
 
 OPTIONS = ("--tensor-parallel-size", "2")
 
