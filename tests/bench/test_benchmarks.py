@@ -27,11 +27,12 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    # Our own process knows nothing of the outer pytest's options.
+    # Our own process knows nothing of the outer pytest.
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
+        env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -19,13 +19,17 @@ from ultraedit_kernels.evaluation.loaders import load_edits
 from ultraedit_kernels.method.memory import STREAM, load_stream
 from ultraedit_kernels.model import presets
 
+ANCHORS = 50
+"""Fewer than by default, where they are not what is tested."""
+
 
 @pytest.fixture(scope="module")
 def edited(edits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the edited checkpoint, `out`, and its change, `delta`."""
     folder = tmp_path_factory.mktemp("edited")
     files = ["-o", folder / "out", "--delta", folder / "delta"]
-    assert run("edit", MODEL, edits, *files, "--turn-size", TURN_SIZE) == 0
+    how = ["--turn-size", TURN_SIZE, "--anchors", ANCHORS]
+    assert run("edit", MODEL, edits, *files, *how) == 0
     return folder
 
 
@@ -53,7 +57,7 @@ def test_servers_find_only_weights_beside_the_weights(edited: Path) -> None:
 
 
 def test_delta_makes_the_same_weights(edited: Path) -> None:
-    editor = Editor(*load(MODEL))
+    editor = Editor(*load(MODEL), anchors=ANCHORS)
     model, _ = load(edited / "out")
     assert not same_weights(editor, model, within=1e-3)
     editor.apply_delta(EditDelta.load(edited / "delta"))
@@ -64,7 +68,8 @@ def test_output_says_what_was_done(
     edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, delta = tmp_path / "out", tmp_path / "delta"
-    assert run("edit", MODEL, edits, "-o", out, "--limit", 3, "--delta", delta) == 0
+    how = ["--limit", 3, "--anchors", ANCHORS]
+    assert run("edit", MODEL, edits, "-o", out, "--delta", delta, *how) == 0
     stdout = capsys.readouterr().out
     assert stdout.startswith("3 edits in 1 turn, ")
     assert "all 3 edits hold\n" in stdout
@@ -88,10 +93,11 @@ def test_editing_a_checkpoint_again_continues_its_stream(
 ) -> None:
     more, out = tmp_path / "more.json", tmp_path / "out"
     more.write_text(json.dumps(World.earth().edits(5, seed=2)))
-    assert run("edit", edited / "out", more, "-o", out) == 0
+    assert run("edit", edited / "out", more, "-o", out, "--anchors", ANCHORS) == 0
     assert "continuing the stream of" in capsys.readouterr().err
-    continued = Editor(*load(edited / "out"), continues=edited / "out" / STREAM)
-    anew = Editor(*load(edited / "out"))
+    stream = edited / "out" / STREAM
+    continued = Editor(*load(edited / "out"), continues=stream, anchors=ANCHORS)
+    anew = Editor(*load(edited / "out"), anchors=ANCHORS)
     for editor in (continued, anew):
         editor.apply(load_edits(more))
     model, _ = load(out)

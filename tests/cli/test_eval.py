@@ -24,9 +24,8 @@ from ultraedit_kernels.model import presets
 def evaluation(edits: Path) -> subprocess.CompletedProcess[str]:
     """An evaluation of the 20 edits by the program as a user starts it."""
     command = [sys.executable, "-m", "ultraedit_kernels.cli", "eval", MODEL, edits, "--json", "-"]
-    return subprocess.run(
-        [*map(str, command), "--turn-size", str(TURN_SIZE)], capture_output=True, text=True
-    )
+    how = ["--turn-size", str(TURN_SIZE), "--anchors", "200"]
+    return subprocess.run([*map(str, command), *how], capture_output=True, text=True)
 
 
 def test_json_has_every_score(evaluation: subprocess.CompletedProcess[str], edits: Path) -> None:

