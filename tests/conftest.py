@@ -5,9 +5,12 @@ is taken back at once: vLLM's processes would inherit it. `tests/ops/kernels` se
 own calls.
 """
 
+import atexit
 import json
 import os
 import platform
+import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,10 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     import ultraedit_kernels.ops.kernels  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+if "ULTRAEDIT_CACHE" not in os.environ:  # what a model wrote is gathered once for all tests
+    os.environ["ULTRAEDIT_CACHE"] = tempfile.mkdtemp(prefix="ultraedit-tests-")
+    atexit.register(shutil.rmtree, os.environ["ULTRAEDIT_CACHE"], ignore_errors=True)
 
 BUNDLED = Path(__file__).parent.parent / "bench" / "tiny-facts"
 ON_THE_SERVER = (

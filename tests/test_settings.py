@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ultraedit_kernels import Editor
-from ultraedit_kernels.model.presets import PAPER
+from ultraedit_kernels.model.presets import AT_NAMES, PAPER
 from ultraedit_kernels.settings import (
     GROUPS,
     TABLE,
@@ -54,7 +54,8 @@ def test_the_editor_has_its_settings_and_defaults() -> None:
     table = [of.name for group in (MethodSettings, EditorSettings) for of in fields(group)]
     assert {argument.name for argument in arguments} == set(table)
     for argument in arguments:
-        assert argument.default == TABLE[argument.name].default
+        by_place = argument.name in AT_NAMES
+        assert argument.default == (None if by_place else TABLE[argument.name].default)
 
 
 @pytest.mark.parametrize(

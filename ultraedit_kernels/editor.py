@@ -23,7 +23,7 @@ from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.method.versions import Versions
 from ultraedit_kernels.model.encoding import Sequence, encode_edits
 from ultraedit_kernels.model.parallel import weight_of
-from ultraedit_kernels.model.presets import reads_names, resolve_modules
+from ultraedit_kernels.model.presets import AT_NAMES, reads_names, resolve_modules
 from ultraedit_kernels.model.request import EditRequest, check_turn
 from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.settings import TABLE, EditorSettings, MethodSettings, check, only
@@ -42,7 +42,8 @@ class Editor:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
         modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
-        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`.
+        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`; step,
+            rounds and margin are by default those of the place that is edited.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
             for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
@@ -81,12 +82,12 @@ class Editor:
         *,
         modules: Literal["auto"] | Seq[str] = EditorSettings.modules,
         lr: float | Literal["auto"] = MethodSettings.lr,
-        rounds: int = MethodSettings.rounds,
+        rounds: int | None = None,
         anchors: int = EditorSettings.anchors,
         anchor_rows: int = EditorSettings.anchor_rows,
         ridge: float = MethodSettings.ridge,
-        step: float = MethodSettings.step,
-        margin: float = MethodSettings.margin,
+        step: float | None = None,
+        margin: float | None = None,
         repairs: int = MethodSettings.repairs,
         batch_size: int = MethodSettings.batch_size,
         rounding: Literal["nearest", "stochastic"] = MethodSettings.rounding,
@@ -101,15 +102,18 @@ class Editor:
         continues: str | Path | None = EditorSettings.continues,
         seed: int = EditorSettings.seed,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name in TABLE}
+        by_place = {"rounds": rounds, "step": step, "margin": margin}
+        left_out = {name for name, value in by_place.items() if value is None}
+        given = {n: v for n, v in locals().items() if n in TABLE and n not in left_out}
         check(given, "internal")
         self.model: Any = model
         self.tokenizer = tokenizer
-        self.settings = MethodSettings(**only(given, MethodSettings))
         self.modules = resolve_modules(model, self.model.config, modules)
+        names = rounds != 1 and reads_names(self.model.config, self.modules)
+        chosen = only(given, MethodSettings)
+        self.settings = MethodSettings(**(AT_NAMES | chosen if names else chosen))
         self.weights = {name: weight_of(model.get_submodule(name)) for name in self.modules}
         self._append_eos = append_eos
-        names = self.settings.closed_loop and reads_names(self.model.config, self.modules)
         self.memory = Memory(self.weights, statistics, anchors, anchor_rows, ridge, seed, names)
         self.at_names = names
         if continues is not None:
@@ -313,7 +317,7 @@ class Editor:
             try:
                 self.versions.write(self.versions.pristine)
                 self.guards.note_references()
-                self.memory.write_texts(self.model, self.tokenizer)
+                self.memory.write_texts(self.model, self.tokenizer, self.versions.base)
             finally:
                 self.versions.write(now)
             try:

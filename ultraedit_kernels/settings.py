@@ -56,8 +56,7 @@ class Setting:
     serve: str | None
     """Option of `ultraedit serve`."""
     metavar: str
-    unset: str
-    """The default, in words."""
+    unset: str  # the default, in words
 
     def check(self, value: Any) -> None:
         """Raise ValueError unless the setting takes the value."""
@@ -168,13 +167,14 @@ class MethodSettings:
     step: float = _setting(
         0.4,
         ABOVE_ZERO,
-        "Share of its loss that a step removes of an edit. Small steps disturb less and take more "
-        "rounds.",
+        "Share of an edit's loss that a step removes.",
+        unset="0.25 at names, else 0.4",
     )
     rounds: int = _setting(
         24,
         _whole(1),
         "Most steps per turn; it ends as soon as every edit holds.",
+        unset="40 at names, else 24",
         flag="--rounds",
         serve="--edit-rounds",
     )
@@ -186,6 +186,7 @@ class MethodSettings:
         FROM_ZERO,
         "Logits by which every target token must lead its runner-up for an edit to hold; an edit "
         "that brings k rephrases is asked for 1 / (k + 1) of it.",
+        unset="2 at names, else 4.2",
         flag="--margin",
     )
     repairs: int = _setting(
@@ -230,8 +231,8 @@ class EditorSettings:
     anchors: int = _setting(
         2000,
         _whole(0),
-        "Texts sampled from the model whose outputs an edit must not move; 0 for nothing but the "
-        "locality prompts.",
+        "Texts of 32 tokens (128 at names) sampled from the model, whose outputs an edit must not "
+        "move; 0 for nothing but the locality prompts.",
         flag="--anchors",
         serve="--edit-anchors",
     )
@@ -269,8 +270,7 @@ class EditorSettings:
     writes: bool = _setting(
         True,
         SWITCH,
-        "Off: another editor of the same model writes the state directory, and this one makes each "
-        "change after it.",
+        "Off: another editor of the same model writes the state directory; this one follows it.",
         audience="internal",
         reason="the server knows which of its engines writes the state directory",
     )

@@ -29,7 +29,9 @@ def captured(margins: list[list[float]]) -> Captured:
     count = torch.arange(1.0, len(flat) + 1)
     ids = torch.zeros_like(owner)
     keys, grads = count[:, None] * torch.ones(2), count[:, None] * torch.ones(3)
-    return Captured({"a": keys}, {"a": grads}, owner, owner, count, 2 * count, flat, ids, ids)
+    return Captured(
+        {"a": keys}, {"a": grads}, owner, owner, count, 2 * count, flat, ids, ids, len(flat)
+    )
 
 
 def seen(goals: Goals, *margins: list[list[float]], goal_of: list[list[int]]) -> Round:

@@ -93,7 +93,7 @@ def test_with_no_texts_nothing_is_held():
     one, kept = memory(), turn()
     with pytest.raises(ValueError, match="anchors are not there yet"):
         _ = one.anchors
-    one.write_texts(None, None)
+    one.write_texts(None, None, {})
     one.recall(Journal(), 0)
     one.take(kept, one.after(kept))
     assert len(one.anchors.watch) == 0
@@ -105,7 +105,7 @@ def test_with_no_texts_nothing_is_held():
 
 def test_a_stream_file_goes_on(tmp_path):
     one, kept = memory(), turn()
-    one.write_texts(None, None)
+    one.write_texts(None, None, {})
     one.recall(Journal(), 0)
     one.take(kept, one.anchors)
     one.save(tmp_path / "stream.safetensors")

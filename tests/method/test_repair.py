@@ -206,7 +206,7 @@ def checked_of(repairs: Repairs, lost: list[float], monkeypatch) -> list[int]:
         n = len(sequences)
         order, none = torch.arange(n), {"a": torch.zeros(n, 0)}
         lead = torch.full((n,), 9.0)
-        return Captured(none, {}, order, order, lead, lead, lead, order, order)
+        return Captured(none, {}, order, order, lead, lead, lead, order, order, len(order))
 
     monkeypatch.setattr("ultraedit_kernels.method.repair.capture", nothing_breaks)
     rows = -torch.diag(torch.tensor(lost)) / 2
@@ -237,7 +237,7 @@ def test_settled_leads_lose_but_never_gain():
     repairs = Repairs(watch, {"a": torch.zeros(0, 3, dtype=torch.float64)}, [], budget=1)
     change = {"a": LowRank(torch.ones(3, 2), torch.diag(torch.tensor([-0.5, 0.5, 1.0])))}
     order, lead = torch.arange(1), torch.tensor([7.0])
-    again = Captured({}, {}, order, order, lead, lead, lead, order, order)
+    again = Captured({}, {}, order, order, lead, lead, lead, order, order, len(order))
     settle = repairs.settle(change, [(again, {0: 2})])
     with pytest.raises(StopIteration) as done:
         while True:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,14 @@ class Batch:
     goal_of: list[int]
     """Per sequence, the goal that it belongs to."""
 
+    def without(self, goals: Tensor) -> list[Batch]:
+        """The batch without the sequences of these goals, [goals] bool; nothing if none is left."""
+        kept = [i for i, goal in enumerate(self.goal_of) if not goals[goal]]
+        if len(kept) in (0, len(self.goal_of)):
+            return [self] if kept else []
+        captured, sequences = self.captured.only(kept), [self.sequences[i] for i in kept]
+        return [Batch(captured, sequences, [self.goal_of[i] for i in kept])]
+
 
 @dataclass(frozen=True)
 class Round:
@@ -80,9 +88,13 @@ class Round:
     """[goals] cross entropy, nats, summed over tokens and phrasings."""
     objective: Tensor
     """[goals] the same with the wanted margin taken off, see `capture.Captured`."""
+    stale: Tensor
+    """[goals] bool, on the CPU: not looked at since the last step."""
 
     @classmethod
-    def of(cls, batches: list[Batch], modules: list[str], goals: int) -> Round:
+    def of(
+        cls, batches: list[Batch], modules: list[str], goals: int, stale: Tensor | None = None
+    ) -> Round:
         """What these batches show of so many goals."""
         captured = [batch.captured for batch in batches]
         rows, answers = (
@@ -90,7 +102,7 @@ class Round:
                 torch.cat([_goals(b, owner) for b, owner in zip(batches, owners, strict=True)]),
                 torch.cat(
                     [
-                        c.loss.new_full((len(owner),), len(c.loss))
+                        c.loss.new_full((len(owner),), c.averaged)
                         for c, owner in zip(captured, owners, strict=True)
                     ]
                 ),
@@ -103,20 +115,45 @@ class Round:
             answers.reduce(torch.cat(values), "sum")
             for values in ([c.loss for c in captured], [c.objective for c in captured])
         )
-        return cls(batches, modules, rows, margin, loss, objective)
+        if stale is None:
+            stale = torch.zeros(goals, dtype=torch.bool)
+        return cls(batches, modules, rows, margin, loss, objective, stale)
+
+    def aged(self) -> Round:
+        """The same, after a step."""
+        return replace(self, stale=torch.ones_like(self.stale))
 
     @property
     def captured(self) -> list[Captured]:
         """The batches as they were captured."""
         return [batch.captured for batch in self.batches]
 
+    @property
+    def fresh(self) -> list[Captured]:
+        """The batches that were captured with gradients since the last step."""
+        return [
+            batch.captured
+            for batch in self.batches
+            if batch.captured.grads and not any(self.stale[goal] for goal in batch.goal_of)
+        ]
+
     def keys(self) -> dict[str, Tensor]:
         """Module → keys at all positions, [n, d_in]."""
         return {n: torch.cat([c.keys[n] for c in self.captured]) for n in self.modules}
 
     def grads(self) -> dict[str, Tensor]:
-        """Module → gradients at all positions, [n, d_out]."""
-        return {n: torch.cat([c.grads[n] for c in self.captured]) for n in self.modules}
+        """Module → gradients at all positions, [n, d_out]; those that were not captured with
+        gradients have none, and zeros."""
+        widths = {n: g.shape[1] for c in self.captured for n, g in c.grads.items()}
+        return {
+            n: torch.cat(
+                [
+                    c.grads[n] if c.grads else c.keys[n].new_zeros(len(c.keys[n]), widths[n])
+                    for c in self.captured
+                ]
+            )
+            for n in self.modules
+        }
 
 
 def _goals(batch: Batch, owner: Tensor) -> Tensor:
@@ -168,17 +205,61 @@ class Goals:
             wanted = SURE if i < watch.own else self._margin
             self.repairs.append(Goal(wanted, repairs=i, patience=PATIENCE))
 
+    @property
+    def rest(self) -> bool:
+        """Whether goals that hold are looked at only in the end. What watches the leads of edits at
+        answer positions needs their gradients there."""
+        return any(sequence.places for sequence in self.sequences)
+
     def capture(
-        self, model: nn.Module, modules: Seq[str], batch_size: int
+        self,
+        model: nn.Module,
+        modules: Seq[str],
+        batch_size: int,
+        last: Round | None = None,
+        which: Tensor | None = None,
+        backward: bool = True,
     ) -> Generator[Phase, None, Round]:
-        """Run all sequences through the model, and read the modules."""
-        batches, goals = [], self.all
-        for i in range(0, len(self.sequences), batch_size):
-            part, goal_of = self.sequences[i : i + batch_size], self._goal_of[i : i + batch_size]
+        """Run sequences through the model, and read the modules.
+
+        Args:
+            model: the model, as it is now.
+            modules: dotted names.
+            batch_size: sequences at a time.
+            last: what is known of the goals that are not run; of none if these do not rest.
+            which: [goals] bool, those that are run; by default those of which nothing is known.
+            backward: also compute the gradients.
+        """
+        goals, batches = self.all, []
+        stale = torch.zeros(len(goals), dtype=torch.bool)
+        if last is None or not self.rest:
+            which = torch.ones_like(stale)
+        else:
+            known = len(last.stale)
+            which = torch.arange(len(goals)) >= known if which is None else which.cpu()
+            batches = [left for batch in last.batches for left in batch.without(which)]
+            stale[:known] = last.stale & ~which[:known]
+        chosen = [i for i, goal in enumerate(self._goal_of) if which[goal]]
+        if self.rest:  # less padding
+            chosen.sort(key=lambda i: len(self.sequences[i].prompt_ids))
+        for i in range(0, len(chosen), batch_size):
+            part = [self.sequences[j] for j in chosen[i : i + batch_size]]
+            goal_of = [self._goal_of[j] for j in chosen[i : i + batch_size]]
             margins = [goals[goal].wanted for goal in goal_of]
-            batches.append(Batch(capture(model, part, modules, margin=margins), part, goal_of))
+            captured = capture(model, part, modules, margin=margins, backward=backward)
+            batches.append(Batch(captured, part, goal_of))
             yield Phase.CAPTURE
-        return Round.of(batches, list(modules), len(goals))
+        return Round.of(batches, list(modules), len(goals), stale)
+
+    def review(
+        self, model: nn.Module, modules: Seq[str], batch_size: int, seen: Round
+    ) -> Generator[Phase, None, Round]:
+        """Look at the goals that rested, and capture those that do not hold any more."""
+        run = yield from self.capture(model, modules, batch_size, seen, seen.stale, backward=False)
+        lost = seen.stale & ~self.hold(run).cpu()
+        if not lost.any():
+            return run
+        return (yield from self.capture(model, modules, batch_size, run, lost))
 
     def hold(self, seen: Round) -> Tensor:
         """[goals] bool: which of them hold, or are given up."""
@@ -224,7 +305,10 @@ class Goals:
                 for j, goal in enumerate(batch.goal_of)
                 if goal < len(self.edits) and holds[goal]
             }
-            watch = watch.join(Watch.of(batch.captured, new))
+            if self.rest:  # no first-order change of their leads is known
+                watch = replace(watch, sequences=[*watch.sequences, *new.values()])
+            else:
+                watch = watch.join(Watch.of(batch.captured, new))
         return watch
 
 

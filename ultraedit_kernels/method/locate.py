@@ -8,6 +8,8 @@ part of the prompt. Where it does not, the rarest key of the prompt is taken.
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -164,8 +166,13 @@ def content_of(prompt: Prompt) -> str:
 def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None]:
     """For each text, the index of the character at which the name in it ends; None if the model
     does not go on with part of the text."""
-    asked = [list(tokenizer(f"{ASK}Text: {text}\nName:")["input_ids"]) for text in contents]
-    first = _logits(model, asked, [len(ids) - 1 for ids in asked])
+    whole = [list(tokenizer(f"{ASK}Text: {text}\nName:")["input_ids"]) for text in contents]
+    # What all have in common is run once; at the seam a tokenizer may join what stands beside it.
+    columns = zip(*whole, tokenizer(ASK)["input_ids"], strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    past = _past(model, whole[0][:common])
+    asked = [ids[common:] for ids in whole]
+    first = _logits(model, asked, [len(ids) - 1 for ids in asked], past)
     starts: list[int | None] = []
     for text, logits in zip(contents, first, strict=True):
         words = [i for i in range(len(text)) if _begins_word(text, i)]
@@ -182,14 +189,15 @@ def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None
     line_end = tokenizer("a\n", add_special_tokens=False)["input_ids"][-1]
     rows = [asked[i] + copies[i] for i in known]
     ends: list[int | None] = [None] * len(contents)
-    for i, logits in zip(known, _logits(model, rows, [len(asked[i]) for i in known]), strict=True):
-        copy = copies[i]
-        stops = logits[:-1, line_end] > logits[torch.arange(len(copy) - 1), copy[1:]]
-        taken = int(stops.nonzero()[0]) + 1 if stops.any() else len(copy)
-        name = tokenizer.decode(copy[:taken], clean_up_tokenization_spaces=False).strip()
+    found = _logits(model, rows, [len(asked[i]) for i in known], past)
+    for i, logits in zip(known, found, strict=True):
+        name = copies[i]
+        stops = logits[:-1, line_end] > logits[torch.arange(len(name) - 1), name[1:]]
+        taken = int(stops.nonzero()[0]) + 1 if stops.any() else len(name)
+        said = tokenizer.decode(name[:taken], clean_up_tokenization_spaces=False).strip()
         start = starts[i]
         assert start is not None
-        ends[i] = start + len(name)
+        ends[i] = start + len(said)
     return ends
 
 
@@ -203,17 +211,34 @@ def _continuation(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _logits(model: Any, rows: Seq[list[int]], first: Seq[int]) -> list[Tensor]:
-    """The logits of each row of tokens from a position on, [row - first, vocabulary] float32."""
+def _past(model: Any, ids: list[int]) -> Any:
+    """Keys and values of tokens with which several rows begin."""
+    from transformers import DynamicCache
+
+    past = DynamicCache()
+    device = model.get_input_embeddings().weight.device
+    with evaluation_mode(model):
+        model.base_model(torch.tensor([ids], device=device), past_key_values=past, use_cache=True)
+    return past
+
+
+def _logits(model: Any, rows: Seq[list[int]], first: Seq[int], past: Any = None) -> list[Tensor]:
+    """The logits of each row of tokens from a position on, [row - first, vocabulary] float32; the
+    rows go on after what is `past`."""
     if not rows:
         return []
     device = model.get_input_embeddings().weight.device
+    if past is not None:
+        past = copy.deepcopy(past)
+        past.batch_repeat_interleave(len(rows))
     width = max(len(row) for row in rows)
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     keep = width - min(first)
     with evaluation_mode(model):
         # Padding on the right is seen by no real token.
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
+        logits = model(
+            input_ids=ids, past_key_values=past, use_cache=past is not None, logits_to_keep=keep
+        ).logits.float()
     cut = width - logits.shape[1]
     return [
         logits[i, start - cut : len(row) - cut]

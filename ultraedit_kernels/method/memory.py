@@ -30,6 +30,8 @@ from ultraedit_kernels.method.change import Turn
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import (
     HELD_WEIGHT,
+    LONG_TEXT,
+    OWN_TOKENS,
     OWN_WEIGHT,
     SAMPLE_TOKENS,
     Anchors,
@@ -43,9 +45,11 @@ from ultraedit_kernels.method.protect import (
 from ultraedit_kernels.method.repair import Watch
 from ultraedit_kernels.model import encoding
 from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.model.parallel import agree, fingerprint
 from ultraedit_kernels.model.request import EditRequest
 from ultraedit_kernels.ops import checks
 from ultraedit_kernels.ops.statistics import Statistics, from_tensors, to_tensors
+from ultraedit_kernels.store import cache
 from ultraedit_kernels.store.files import damage, part
 from ultraedit_kernels.store.journal import Entry, Journal, Snapshot
 
@@ -200,18 +204,45 @@ class Memory:
         self.statistics = {name: stats.to(device) for name, stats in loaded.items()}
         self.first_statistics = dict(self.statistics)
 
-    def write_texts(self, model: Any, tokenizer: Any) -> None:
-        """Let the untouched model write texts of its own, to be protected; and protect the edits
-        of the stream file. The model must hold the untouched weights."""
+    def write_texts(self, model: Any, tokenizer: Any, base: Mapping[str, str]) -> None:
+        """Let the untouched model write texts of its own, to be protected, or find those that it
+        wrote at an earlier start; and protect the edits of the stream file.
+
+        Args:
+            model: with its untouched weights.
+            tokenizer: its tokenizer.
+            base: module → digest of its untouched weight.
+        """
         if not self._texts:
             self._at_start = Anchors.empty(self._weights)
             return
-        texts = own_texts(model, tokenizer, self._texts, self._seed)
-        gather = own_keys if self._at_names else own_anchors
-        anchors = gather(model, texts, self._weights, self._ridge, self._rows)
+        depends_on = self._depends_on(model, tokenizer)
+        found = cache.load(depends_on, base)
+        if agree(self._weights, found is not None) and found is not None:
+            anchors = _anchors_of(found[0]).like(self._weights)
+        else:
+            anchors = self._gather(model, tokenizer)
+            cache.save(depends_on, base, *_encode({}, _parts(anchors)))
         self._at_start = hold_edits(
             anchors, model, self._edits_before, list(self._weights), self._ridge, self._rows
         )
+
+    def _gather(self, model: Any, tokenizer: Any) -> Anchors:
+        """Anchors from texts that the untouched model writes."""
+        gather, count, tokens = own_anchors, self._texts, SAMPLE_TOKENS
+        if self._at_names:
+            gather, count, tokens = own_keys, -(-count * tokens // LONG_TEXT), LONG_TEXT
+        texts = own_texts(model, tokenizer, count, self._seed, tokens)
+        return gather(model, texts, self._weights, self._ridge, self._rows)
+
+    def _depends_on(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """All that the texts of the model's own depend on, besides the edited weights."""
+        return {
+            "format": 1,
+            "texts": [self._texts, SAMPLE_TOKENS, LONG_TEXT, self._seed, tokenizer.bos_token_id],
+            "shield": [self._rows, self._ridge, OWN_WEIGHT, OWN_TOKENS, self._at_names],
+            "model": fingerprint(model),
+        }
 
     def recall(self, journal: Journal, version: int) -> None:
         """Make the anchors those of a version, from the last snapshot and the turns after it."""
@@ -301,13 +332,7 @@ class Memory:
 
     def snapshot(self, weights: dict[str, Tensor]) -> Snapshot:
         """All of it with the weights, module → W [d_out, d_in]."""
-        anchors = self.anchors
-        parts = {
-            "shield.keys": anchors.keys,
-            "shield.outputs": anchors.outputs,
-            "watch": anchors.watch.tensors(),
-        }
-        return Snapshot(weights, *_encode(self.statistics, parts))
+        return Snapshot(weights, *_encode(self.statistics, _parts(self.anchors)))
 
     def save(self, path: str | Path) -> None:
         """Write a stream file: the statistics, and the edits that hold."""
@@ -344,8 +369,22 @@ def decode_statistics(kept: Entry | Snapshot) -> dict[str, Statistics]:
 
 def _decode_anchors(snapshot: Snapshot) -> Anchors:
     with damage(snapshot.source):
-        keys, outputs = (part(snapshot.tensors, f"shield.{name}.") for name in ("keys", "outputs"))
-        return Anchors(keys, outputs, Watch.from_tensors(part(snapshot.tensors, "watch.")))
+        return _anchors_of(snapshot.tensors)
+
+
+def _anchors_of(tensors: Mapping[str, Tensor]) -> Anchors:
+    """The inverse of `_parts`."""
+    keys, outputs = (part(tensors, f"shield.{name}.") for name in ("keys", "outputs"))
+    return Anchors(keys, outputs, Watch.from_tensors(part(tensors, "watch.")))
+
+
+def _parts(anchors: Anchors) -> dict[str, Mapping[str, Tensor]]:
+    """Anchors as tensors by part and name."""
+    return {
+        "shield.keys": anchors.keys,
+        "shield.outputs": anchors.outputs,
+        "watch": anchors.watch.tensors(),
+    }
 
 
 def _encode(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ultraedit_kernels.method.repair import ROWS, SURE, Watch, lead_slopes
 from ultraedit_kernels.method.shield import extend_shield, sketch
-from ultraedit_kernels.model.capture import Captured, capture
+from ultraedit_kernels.model.capture import Captured, capture, second_moments
 from ultraedit_kernels.model.encoding import Sequence, encode_prompt
 from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.request import Prompt
@@ -34,8 +34,14 @@ OUT_OF_REACH = 20.0
 HELD_WEIGHT = 3.0
 """Weight of the keys of edits that hold. With 1, the later turns of a stream of 200 edits on the
 bundled model broke 5 % of the earlier ones, with 3 none."""
+KEPT_TEXTS = 256
+"""Own texts that are kept for guards and contexts where edits are made at names."""
 OWN_WEIGHT = 400
 """Own texts that the keys of all of them weigh as much as: a thousand of them hold no better."""
+OWN_TOKENS = 40_000
+"""For edits at names, tokens that the keys of all own texts weigh as much as."""
+LONG_TEXT = 128
+"""Tokens of an own text for edits at names, which must leave what stands far from its beginning."""
 OUTPUT_RIDGE = 0.03
 """Ridge of the outputs' shield, as a share of the slopes' mean square in a direction."""
 
@@ -99,21 +105,32 @@ def own_keys(
         name: w.new_zeros(w.shape[1], w.shape[1], dtype=torch.float64)
         for name, w in weights.items()
     }
-    sure: list[Sequence] = []
-    for part, captured in captures(model, texts, list(weights), backward=False):
+    for found in second_moments(model, texts, list(weights), SAMPLE_BATCH):
         for name, moment in moments.items():
-            keys = captured.keys[name].double()
-            moment += keys.T @ keys
+            moment += found[name]
+    sure: list[Sequence] = []
+    for part, captured in captures(model, texts[:KEPT_TEXTS], list(weights), backward=False):
         sure += [run.sequence for _, run in _sure_runs(part, captured)]
     anchors = Anchors.empty(weights)
-    weight = min(1.0, OWN_WEIGHT / max(1, len(texts)))
+    weight = OWN_TOKENS / max(1, sum(len(text.target_ids) for text in texts))
     for name, moment in moments.items():
-        squares, directions = torch.linalg.eigh(moment * weight)
-        kept = squares.clamp_min(0.0)[-limit:]
-        share = (kept / (kept + ridge)).sqrt()
-        anchors.keys[name] = share[:, None] * directions.T[-limit:]
+        anchors.keys[name] = moment_shield(moment * weight, ridge, limit)
     watch = replace(anchors.watch, sequences=sure, own=len(sure))
     return replace(anchors, watch=watch)
+
+
+def moment_shield(moment: Tensor, ridge: float, limit: int) -> Tensor:
+    """The shield [≤ limit, d] of anchors of which Σ kkᵀ [d, d] float64 is known.
+
+    The weakest directions, which find no place in it, are taken to be alike, and their mean is a
+    part of the ridge: else a change would hide in them, where it does most harm.
+    """
+    squares, directions = torch.linalg.eigh(moment)
+    squares = squares.clamp_min(0.0)
+    kept, dropped = squares[-limit:], squares[:-limit]
+    floor = ridge + (float(dropped.mean()) if len(dropped) else 0.0)
+    shield: Tensor = (kept / (kept + floor)).sqrt()[:, None] * directions.T[-limit:]
+    return shield
 
 
 def own_anchors(
@@ -189,14 +206,17 @@ def captures(
         yield part, capture(model, part, modules, backward=backward, margin=OUT_OF_REACH)
 
 
-def own_texts(model: Any, tokenizer: Any, count: int, seed: int) -> list[Sequence]:
-    """`count` texts sampled from the model's own distribution, from the start of a text."""
+def own_texts(
+    model: Any, tokenizer: Any, count: int, seed: int, tokens: int = SAMPLE_TOKENS
+) -> list[Sequence]:
+    """`count` texts of at most so many tokens, sampled from the model's own distribution, from the
+    start of a text."""
     first = tokenizer.bos_token_id
     if first is None:  # Qwen has no BOS; its documents are separated by EOS
         first = tokenizer.eos_token_id
     prompts = [[first]] * count
     texts = generate(
-        model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS, batch_size=SAMPLE_BATCH, seed=seed
+        model, tokenizer, prompts, max_new_tokens=tokens, batch_size=SAMPLE_BATCH, seed=seed
     )
     return [Sequence([first], text) for text in texts if text]
 

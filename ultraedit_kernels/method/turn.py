@@ -6,6 +6,7 @@ Notation of UltraEdit (arXiv 2505.14679): keys H, gradients G, values V, coeffic
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -13,7 +14,7 @@ from ultraedit_kernels.method.change import Change, Turn
 from ultraedit_kernels.method.goals import Goals, Round
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
-from ultraedit_kernels.method.repair import Repairs
+from ultraedit_kernels.method.repair import Repairs, Watch
 from ultraedit_kernels.method.shield import System
 from ultraedit_kernels.method.step import descending, enlarged, free_values, sized
 from ultraedit_kernels.ops.statistics import Statistics
@@ -44,37 +45,50 @@ def turn(
         anchors: what must be left as it is.
         number: of the turn, see `Change` and `Repairs`.
     """
-    size, budget = settings.batch_size, settings.repairs * settings.closed_loop
+    size, modules = settings.batch_size, list(weights)
+    budget = settings.repairs * settings.closed_loop
     change = Change(weights, start, statistics, share, settings, number)
     repairs = Repairs(anchors.watch, anchors.keys, goals.sequences, budget, number)
-    taken = 0
+    look, taken = partial(goals.capture, model, modules, size), 0
+    seen = yield from look()
+    if not goals.rest:
+        repairs.expect(*seen.captured)
     while True:
-        # One forward pass both judges the last step and captures the next one.
-        seen = yield from goals.capture(model, list(weights), size)
-        if taken == 0 and all(captured.at_answers for captured in seen.captured):
-            repairs.expect(*seen.captured)
         holds = goals.hold(seen)
         spent = taken == settings.rounds
         over = spent or (settings.closed_loop and bool(holds.all()))
+        if over and seen.stale.any():
+            seen = yield from goals.review(model, modules, size, seen)
+            continue
         if repairs.due and not spent and (over or taken >= settings.rounds - REPAIR_ROUNDS):
-            broken = yield from repairs.check(model, list(weights), change.delta, size)
+            broken = yield from repairs.check(model, modules, change.delta, size)
             if broken:
                 goals.repair(broken, anchors.watch)
+                seen = yield from look(seen)
                 continue
         if over:
             break
         taken += 1
-        # Goals that hold rest: their values are zero, so that they are anchors to the others.
+        # Goals that hold rest: with values of zero, they are anchors to the others.
         steps = ~holds if settings.closed_loop else holds.new_ones(len(holds))
         goals.count(steps)
         yield from _step(change, seen, steps, anchors, settings)
+        # One forward pass both judges the step and captures the next one.
+        seen = yield from look(seen.aged(), steps)
     watched = yield from repairs.settle(change.delta, goals.repairs_in(seen))
+    return _left(change, goals, repairs, seen, holds, watched)
+
+
+def _left(
+    change: Change, goals: Goals, repairs: Repairs, seen: Round, holds: Tensor, watched: Watch
+) -> Turn:
+    """What a turn leaves, of which `seen` is the last look."""
     return Turn(
         edits=goals.taught(seen, holds),
         delta=change.delta,
         statistics=change.statistics,
         held=goals.held_keys(seen, holds),
-        watch=goals.watch(seen, holds, weights),
+        watch=goals.watch(seen, holds, change.weights),
         watched=watched,
         released=repairs.released,
         checked=repairs.checked,
@@ -88,7 +102,7 @@ def _step(
 ) -> Generator[Phase, None, None]:
     """Change the weights by one step of the goals that take it, `steps` [goals] bool."""
     # Statistics over all positions, then the output shift wanted at each of them.
-    statistics = change.observe(seen.captured)
+    statistics = change.observe(seen.fresh)
     keys, grads, at = seen.keys(), seen.grads(), seen.positions
     yield Phase.SOLVE
     systems = {}

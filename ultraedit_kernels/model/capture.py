@@ -51,6 +51,31 @@ class Captured:
     """[n] int64: the target token."""
     rival: Tensor
     """[n] int64: the best other token; the greedy choice where the margin is below 0."""
+    averaged: int
+    """Answer tokens over which the objective was averaged: n, or more if sequences were left out
+    since."""
+
+    def only(self, kept: Seq[int]) -> Captured:
+        """What was captured of some sequences of the batch, given by rising index, and counted
+        anew."""
+        number = self.owner.new_full((int(self.owner.max()) + 1,), -1)
+        number[torch.as_tensor(kept, device=number.device)] = torch.arange(
+            len(kept), device=number.device
+        )
+        row_owner, owner = number[self.row_owner], number[self.owner]
+        rows, tokens = row_owner >= 0, owner >= 0
+        return Captured(
+            {name: keys[rows] for name, keys in self.keys.items()},
+            {name: grads[rows] for name, grads in self.grads.items()},
+            row_owner[rows],
+            owner[tokens],
+            self.loss[tokens],
+            self.objective[tokens],
+            self.margin[tokens],
+            self.labels[tokens],
+            self.rival[tokens],
+            self.averaged,
+        )
 
     @property
     def at_answers(self) -> bool:
@@ -85,6 +110,55 @@ def capture(
     _check(model, sequences)
     with torch.inference_mode(False), evaluation_mode(model), _frozen(model):
         return _capture(model, sequences, modules, backward, margin)
+
+
+class _Enough(Exception):
+    """The last module was reached; what comes after it need not be computed."""
+
+
+def second_moments(
+    model: Any, sequences: Seq[Sequence], modules: Seq[str], batch_size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Σ kkᵀ over the keys k of all tokens but the last, module → [d_in, d_in] float64, batch by
+    batch; what stands above the last module is not computed.
+
+    Args:
+        model: a Hugging Face causal language model. Left as found.
+        sequences: prompts and targets as token ids.
+        modules: dotted names of `nn.Linear` modules, all of which the forward pass reaches.
+        batch_size: sequences at a time.
+    """
+    for i in range(0, len(sequences), batch_size):
+        rows = [(s.prompt_ids + s.target_ids)[:-1] for s in sequences[i : i + batch_size]]
+        device = model.get_input_embeddings().weight.device
+        ids, real = _padded(rows, device), _padded([[1] * len(row) for row in rows], device).bool()
+        moments: dict[str, Tensor] = {}
+
+        def read(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                keys = args[0].detach()[real]  # noqa: B023 - called within this turn of the loop
+                if (shard := shard_of(module)) is not None:
+                    keys = shard.whole(keys, 1)
+                keys = keys.float()
+                moments[name] = (keys.T @ keys).double()  # noqa: B023
+                if len(moments) == len(modules):  # noqa: B023
+                    raise _Enough
+
+            return hook
+
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(read(name)) for name in modules
+        ]
+        try:
+            with torch.inference_mode(False), torch.no_grad(), evaluation_mode(model):
+                # Padding on the right is seen by no real token.
+                model.base_model(input_ids=ids, use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        yield moments
 
 
 def _capture(
@@ -142,6 +216,7 @@ def _capture(
         target - top.values.gather(1, other).squeeze(1),
         batch.labels,
         top.indices.gather(1, other).squeeze(1),
+        len(batch.labels),
     )
 
 
@@ -161,17 +236,19 @@ class _Batch:
     owner: Tensor  # [n]
 
 
-def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
-    def padded(rows: list[list[int]]) -> Tensor:
-        width = max(len(row) for row in rows)
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
+    """[rows, longest], padded with zeros on the right."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
 
+
+def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
     rows = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
     first = torch.tensor([len(s.prompt_ids) - 1 for s in sequences], device=device)
     targets = torch.tensor([len(s.target_ids) for s in sequences], device=device)
     cuts = [min(s.places, default=len(s.prompt_ids) - 1) if split else 0 for s in sequences]
     prefixes = torch.tensor(cuts, device=device)
-    rest_ids = padded([row[cut:] for row, cut in zip(rows, cuts, strict=True)])
+    rest_ids = _padded([row[cut:] for row, cut in zip(rows, cuts, strict=True)], device)
     columns = torch.arange(rest_ids.shape[1], device=device) + prefixes[:, None]
     answer = (columns >= first[:, None]) & (columns < (first + targets)[:, None])
     changed = answer.clone()
@@ -180,7 +257,7 @@ def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
             changed[i] = False
             changed[i, [place - cuts[i] for place in s.places]] = True
     return _Batch(
-        prefix_ids=padded([row[:cut] for row, cut in zip(rows, cuts, strict=True)]),
+        prefix_ids=_padded([row[:cut] for row, cut in zip(rows, cuts, strict=True)], device),
         rest_ids=rest_ids,
         gap=prefixes.max() - prefixes,
         rows=changed,

@@ -13,7 +13,8 @@ weight of which it has no part.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -245,6 +246,26 @@ def norm(weight: Any) -> Tensor:
 def same(weight: Any, tensor: Tensor) -> Tensor:
     """Rank 0's tensor, if the weight is divided: sums on a GPU may differ in their last bits."""
     return weight.shard.ranks.broadcast(tensor) if isinstance(weight, ShardedWeight) else tensor
+
+
+def agree(weights: Mapping[str, Any], found: bool) -> bool:
+    """Whether something was found on all ranks."""
+    missing = torch.tensor(float(not found))
+    for weight in weights.values():
+        if isinstance(weight, ShardedWeight):
+            return not weight.shard.ranks.all_reduce(missing.to(weight.device)).item()
+    return found
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256, hexadecimal, of the model's configuration and of a few numbers of each parameter; of
+    a rank's part, if they are divided among ranks."""
+    state = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        few = flat[:: max(1, len(flat) // 16)][:16].double().cpu()
+        state.update(name.encode() + few.numpy().tobytes())
+    return state.hexdigest()
 
 
 def local_config(config: Any, size: int) -> Any:
