@@ -42,8 +42,8 @@ class Editor:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
         modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
-        lr, step, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`; step,
-            rounds and margin are by default those of the place that is edited.
+        lr, step, reach, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`;
+            step, reach, rounds and margin are by default what suits the place that is edited.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
             for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
@@ -87,6 +87,7 @@ class Editor:
         anchor_rows: int = EditorSettings.anchor_rows,
         ridge: float = MethodSettings.ridge,
         step: float | None = None,
+        reach: float | None = None,
         margin: float | None = None,
         repairs: int = MethodSettings.repairs,
         batch_size: int = MethodSettings.batch_size,
@@ -102,7 +103,7 @@ class Editor:
         continues: str | Path | None = EditorSettings.continues,
         seed: int = EditorSettings.seed,
     ) -> None:
-        by_place = {"rounds": rounds, "step": step, "margin": margin}
+        by_place = {"rounds": rounds, "step": step, "reach": reach, "margin": margin}
         left_out = {name for name, value in by_place.items() if value is None}
         given = {n: v for n, v in locals().items() if n in TABLE and n not in left_out}
         check(given, "internal")

@@ -170,6 +170,9 @@ class MethodSettings:
         "Share of an edit's loss that a step removes.",
         unset="0.25 at names, else 0.4",
     )
+    reach: float = _setting(
+        1e9, ABOVE_ZERO, "Most that a step moves an output, as a share of an output's usual norm."
+    )
     rounds: int = _setting(
         24,
         _whole(1),

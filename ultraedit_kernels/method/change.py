@@ -44,7 +44,8 @@ class Change:
         self.delta = {n: LowRank.empty(w, settings.rounding, number) for n, w in weights.items()}
         """Module → all that has been added to its weight."""
         self._start, self._share, self._bounded = start, share, settings.lr == "auto"
-        self._limits = {name: MAX_STEP * norm(weight) for name, weight in start.items()}
+        self._norms = {name: norm(weight) for name, weight in start.items()}
+        self._reach = settings.reach
 
     def observe(self, batches: Seq[Captured]) -> dict[str, Statistics]:
         """Merge captured rows into the statistics: module → those that it uses."""
@@ -54,6 +55,16 @@ class Change:
                 self.statistics[key] = update_statistics(self.statistics[key], keys, grads)
         return {name: self.statistics[self._share[name]] for name in self.weights}
 
+    def reach(self, keys: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How far a step may move the output of each key, module → [n] for keys [n, d_in].
+
+        It is a share of ‖W‖ ‖k‖ / √d_in, the norm that a key's output has on average.
+        """
+        return {
+            n: self._reach * self._norms[n].to(k.device) * k.float().norm(dim=1) / k.shape[1] ** 0.5
+            for n, k in keys.items()
+        }
+
     def add(self, name: str, coeff: Tensor, keys: Tensor) -> None:
         """Add coeffᵀ keys, [n, d_out] and [n, d_in], to a module's weight.
 
@@ -62,7 +73,7 @@ class Change:
         """
         weight = self.weights[name]
         if self._bounded:
-            coeff = bounded(coeff, keys, self._limits[name])
+            coeff = bounded(coeff, keys, MAX_STEP * self._norms[name])
         self.delta[name] = self.delta[name].append(same(weight, coeff), same(weight, keys))
         self.delta[name].apply(weight.copy_(self._start[name]))
 

@@ -106,13 +106,18 @@ def enlarged(
     systems: Mapping[str, System],
     ridge: float,
     at: Positions,
+    reach: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The values, scaled per goal by 1 to `MAX_GAIN` against what ridge and shield take of them.
+    """The values, scaled per goal by 1 to `MAX_GAIN` against what ridge and shield take of them;
+    by less where an output would move beyond `reach`, module → [n].
 
     Since (H̃Hᵀ + λI) Y = V, the outputs move by V - λY only.
     """
     moved = {n: v - ridge * systems[n].solve(v.double()) for n, v in values.items()}
     more = _ratio(at.gain(values, grads), at.gain(moved, grads)).clamp(1, MAX_GAIN)
+    for n, shift in moved.items():
+        most = reach[n] / shift.norm(dim=1).clamp_min(torch.finfo(shift.dtype).tiny)
+        more = torch.minimum(more, at.reduce(most.to(more.dtype), "amin"))
     return {n: v * at.spread(more) for n, v in values.items()}
 
 

@@ -115,7 +115,7 @@ def _step(
         # Ask for a share of the loss; then for as much more as ridge and shield take of it.
         values = descending(values, {n: g * at.spread(steps) for n, g in grads.items()}, at)
         values = sized(values, grads, seen.objective, settings.step, at)
-        values = enlarged(values, grads, systems, settings.ridge, at)
+        values = enlarged(values, grads, systems, settings.ridge, at, change.reach(keys))
         yield Phase.SOLVE
     for name, system in systems.items():
         change.add(name, system.solve(values[name]), system.keys)
