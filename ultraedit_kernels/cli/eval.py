@@ -132,6 +132,8 @@ def _report(
     """All that `--json` writes."""
     import torch
 
+    from ultraedit_kernels.evaluation.scores import WAYS
+
     if job.device.type == "cuda":
         name = torch.cuda.get_device_name(job.device)
     else:
@@ -155,9 +157,7 @@ def _report(
             "transformers": metadata.version("transformers"),
         },
         "settings": {"turn_size": made.turn_size, **settings},
-        "untouched": {
-            key: untouched[key] for key in ("generation", "teacher_forced", "perplexity")
-        },
+        "untouched": {key: untouched[key] for key in (*WAYS, "perplexity")},
         **scores,
         "rows": [
             {**row, "turn": turn, "held_when_made": outcome.succeeded, "rounds": outcome.rounds}
