@@ -192,11 +192,15 @@ def _evaluate_server(
 
     from ultraedit_kernels.evaluation import scores as metrics
     from ultraedit_kernels.evaluation.answers import ServedModel
+    from ultraedit_kernels.model.gguf import is_gguf, load_gguf_tokenizer
 
     requests = read_edits(edits, limit)
     served = ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if is_gguf(model):
+            tokenizer = load_gguf_tokenizer(model)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
     with progress() as bar:

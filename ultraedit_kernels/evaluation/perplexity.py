@@ -15,8 +15,6 @@ from ultraedit_kernels.model.capture import evaluation_mode
 from ultraedit_kernels.model.encoding import Sequence, encode, pad_right
 from ultraedit_kernels.model.request import EditRequest, Prompt
 
-IGNORED = -100
-"""Label of a position without a loss, as cross entropy has it."""
 EVERY = 8
 """Tokens for one whose distribution a reading keeps: all of them are gigabytes."""
 
