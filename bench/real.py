@@ -36,7 +36,7 @@ from transformers import logging as transformers_logging
 
 from bench import machine
 from bench.evaluate import digest
-from bench.real_models import PACKAGES, checkpoint
+from bench.real_models import PACKAGES, Unavailable, checkpoint
 from ultraedit_kernels import Editor, EditRequest
 from ultraedit_kernels.editor import EditOutcome
 from ultraedit_kernels.evaluation import baselines
@@ -239,7 +239,12 @@ def perform(run: Run) -> None:
                 stem = f"{known}-{name}-{form}"
                 paths = {row: run.folder / f"{stem}-{_file_name(row)}.json" for row in wanted}
                 missing = [row for row, path in paths.items() if not made(path, wanted[row])]
-                for row, result in rows_of(run, model, file, form, missing):
+                try:
+                    folder = str(checkpoint(model)) if model in PACKAGES and missing else model
+                except Unavailable as error:
+                    say(f"{model}: left out; {error}")
+                    continue
+                for row, result in rows_of(run, folder, file, form, missing):
                     conditions = {"model": known, "set": name, "form": form, "row": row}
                     conditions |= {"turn_size": run.turn_size, "dtype": run.dtype}
                     conditions |= {"machine": machine.conditions()}
@@ -279,14 +284,13 @@ def rows_of(
 
 
 def load(name: str, dtype: str) -> tuple[Any, Any]:
-    """A model and its tokenizer: one of `PACKAGES`, a folder or a GGUF file."""
+    """A model and its tokenizer, from a folder or a GGUF file."""
     device = machine.DEVICE
     if is_gguf(name):
         model, tokenizer = load_gguf(name, getattr(torch, dtype))
         return model.to(device).eval(), tokenizer
-    folder = checkpoint(name) if name in PACKAGES else Path(name)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def key_of(run: Run, row: str, file: str) -> dict[str, Any]:
@@ -346,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", type=_names, default=("smollm2",), metavar="NAME,...")
+    parser.add_argument("--models", type=_names, default=tuple(PACKAGES), metavar="NAME,...")
     parser.add_argument(
         "--set", type=_named, action="append", default=[], metavar="NAME=FILE", dest="sets"
     )
