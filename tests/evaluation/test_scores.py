@@ -164,7 +164,7 @@ def test_neighbours_are_compared_token_by_token(
     after = evaluate(model, tokenizer, edits, before=before)["neighbours"]
     ids = torch.tensor([encode(tokenizer, b, y).prompt_ids])
     old, new = (m(input_ids=ids).logits[0, -1].log_softmax(-1) for m in (random_model, model))
-    kl = float((old.exp() * (old - new)).sum())
+    kl = float((old.exp() * (old - new)).sum().detach())
     same = float(old.argmax() == new.argmax())
     expected = {"first_token": same, "first_five": 0.0, "kl": pytest.approx(kl, rel=1e-4)}
     assert after == expected | {"leak": 1.0} and kl > 0.1
