@@ -52,7 +52,7 @@ from ultraedit_kernels.model.request import LocalityTest, PortabilityTest, Promp
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "bench"
 ROWS = ("untouched", "ours", "published", "LocFT-BF", "LoRA")
-RATES = {
+RATES: dict[str, tuple[float, ...]] = {
     "published": (1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
     "fine-tuning": (3e-4, 1e-3),
     "LocFT-BF": (5e-4,),  # its authors'
@@ -245,7 +245,12 @@ def perform(run: Run) -> None:
                     say(f"{model}: left out; {error}")
                     continue
                 for row, result in rows_of(run, folder, file, form, missing):
-                    conditions = {"model": known, "set": name, "form": form, "row": row}
+                    conditions: dict[str, Any] = {
+                        "model": known,
+                        "set": name,
+                        "form": form,
+                        "row": row,
+                    }
                     conditions |= {"turn_size": run.turn_size, "dtype": run.dtype}
                     conditions |= {"machine": machine.conditions()}
                     write(paths[row], {**conditions, "key": wanted[row], **result})
@@ -299,7 +304,7 @@ def key_of(run: Run, row: str, file: str) -> dict[str, Any]:
     ours = row in ("ours", "published", *run.variants)
     rooms = [package] if ours else [package / "evaluation", package / "model"]
     sources = sorted(f for room in rooms for f in room.rglob("*.py") if "cli" not in f.parts)
-    texts = [*sources, run.prose, run.questions, file]
+    texts: list[str | Path] = [*sources, run.prose, run.questions, file]
     settings: Any = {**run.ours, **run.variants.get(row, {})} if ours else run.rates.get(row)
     return json.loads(
         json.dumps(

@@ -81,7 +81,7 @@ def localised(
     with evaluation_mode(model), torch.enable_grad():
         for _ in range(EPOCHS):
             order.shuffle(sequences)
-            losses = []
+            losses: list[float] = []
             for start in range(0, len(sequences), BATCH):
                 optimizer.zero_grad()
                 batch = sequences[start : start + BATCH]

@@ -62,7 +62,10 @@ def read(
         raise ValueError("got no texts, expected at least one; pass prompts with their answers")
     ordered = sorted(sequences, key=lambda s: len(s.prompt_ids) + len(s.target_ids))
     device = model.get_input_embeddings().weight.device
-    best, nats, kept, seen = [], [], [], 0
+    best: list[Tensor] = []
+    nats: list[Tensor] = []
+    kept: list[Tensor] = []
+    seen = 0
     with evaluation_mode(model):
         for start in range(0, len(ordered), batch_size):
             part = ordered[start : start + batch_size]
