@@ -19,7 +19,6 @@ methods have the best of their rates, by `worth`, on the very edits that are sco
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import json
 import re
@@ -191,11 +190,13 @@ def baseline(on: Subject, run: Run, method: str) -> dict[str, Any]:
         for lr in run.rates[method]:
             with baselines.restored(on.model, modules):
                 edit = _bound(method, on, turns, modules, lr)
-                with contextlib.suppress(ValueError):  # it diverged
+                try:
                     _, memory, seconds = machine.peak_extra_memory(edit)
-                    how = {"lr": lr, "modules": modules, "seconds": seconds}
-                    trials.append({**how, "peak_extra_bytes": memory, **on.score()})
-                    say(f"    {method}, {lr:g}, {modules[0]}: worth {worth(trials[-1]):.2f}")
+                except ValueError:  # it diverged
+                    continue
+                how = {"lr": lr, "modules": modules, "seconds": seconds}
+                trials.append({**how, "peak_extra_bytes": memory, **on.score()})
+                say(f"    {method}, {lr:g}, {modules[0]}: worth {worth(trials[-1]):.2f}")
     if not trials:
         raise ValueError(f"{method} diverges at every rate, expected one that works; add smaller")
     best = max(trials, key=worth)
@@ -236,7 +237,7 @@ def perform(run: Run) -> None:
         for name, file in run.sets.items():
             wanted = {row: key_of(run, row, file) for row in (*run.rows, *run.variants)}
             for form in ("text", "chat"):
-                stem = f"{known}-{name}-{form}"
+                stem = f"{known}-{name}-{run.edits}-{form}"
                 paths = {row: run.folder / f"{stem}-{_file_name(row)}.json" for row in wanted}
                 missing = [row for row, path in paths.items() if not made(path, wanted[row])]
                 try:
@@ -301,9 +302,12 @@ def load(name: str, dtype: str) -> tuple[Any, Any]:
 def key_of(run: Run, row: str, file: str) -> dict[str, Any]:
     """What a row depends on, besides the model."""
     package = ROOT / "ultraedit_kernels"
-    ours = row in ("ours", "published", *run.variants)
-    rooms = [package] if ours else [package / "evaluation", package / "model"]
-    sources = sorted(f for room in rooms for f in room.rglob("*.py") if "cli" not in f.parts)
+    ours = row not in ("untouched", *run.rates)
+    rooms = [package / "evaluation", package / "model"]
+    rooms = [package] if ours or row == "published" else rooms
+    sources = sorted(
+        f for room in rooms for f in room.rglob("*.py") if not {"cli", "integrations"} & {*f.parts}
+    )
     texts: list[str | Path] = [*sources, run.prose, run.questions, file]
     settings: Any = {**run.ours, **run.variants.get(row, {})} if ours else run.rates.get(row)
     return json.loads(

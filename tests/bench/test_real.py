@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> real.Run:
 
 
 def row(run: real.Run, name: str) -> dict[str, Any]:
-    return json.loads((run.folder / f"tiny-facts-earth-text-{name}.json").read_text())
+    return json.loads((run.folder / f"tiny-facts-earth-6-text-{name}.json").read_text())
 
 
 def test_every_row_is_judged_on_the_same_untouched_model(run: real.Run) -> None:
@@ -83,11 +83,11 @@ def test_rows_that_are_there_are_not_made_again(run: real.Run) -> None:
     was = [path.stat().st_mtime_ns for path in paths]
     real.perform(run)
     assert [path.stat().st_mtime_ns for path in paths] == was
-    other = replace(run, rows=("untouched",), variants={}, edits=2)
+    other = replace(run, rows=("untouched",), variants={}, turn_size=2)
     real.perform(other)
     now = [path.stat().st_mtime_ns for path in paths]
     changed = [path.name for path, a, b in zip(paths, was, now, strict=True) if a != b]
-    assert changed == ["tiny-facts-earth-text-untouched.json"]
+    assert changed == ["tiny-facts-earth-6-text-untouched.json"]
     real.perform(replace(run, rows=("untouched",), variants={}))
 
 
