@@ -1,4 +1,4 @@
-# make install | demo | test | soak | bench | evaluate | aot | lint | docs | clean          BACKEND=cpu (default) or cuda
+# make install | demo | test | soak | bench | evaluate | evaluate-real | aot | lint | docs | clean          BACKEND=cpu (default) or cuda
 BACKEND ?= cpu
 PYTHON  ?= python3
 # PyPI's torch brings several GB of CUDA; the CPU build comes from PyTorch's own index.
@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 DOCS := build/docs-venv
 
-.PHONY: install demo test soak bench evaluate aot lint docs clean
+.PHONY: install demo test soak bench evaluate evaluate-real aot lint docs clean
 
 install: .venv/installed-$(BACKEND)
 
@@ -24,8 +24,9 @@ install: .venv/installed-$(BACKEND)
 	$(PIP) install -q -e '.[vllm,triton,test,bench,lint]'
 	touch $@
 
+# MODEL=smollm2, a folder or a GGUF file: with that chat model instead of the bundled one.
 demo: install
-	$(BIN)/python bench/demo.py
+	$(BIN)/python -m bench.$(if $(MODEL),demo_chat $(MODEL),demo)
 
 # Two processes with a core each; the tests that share a server or a model stay together.
 test: install
@@ -43,6 +44,11 @@ bench: install
 
 evaluate: install
 	$(BIN)/python -m bench.evaluate $(if $(COUNTERFACT),--counterfact $(COUNTERFACT)) $(if $(ZSRE),--zsre $(ZSRE))
+
+# COUNTERFACT=FILE or ZSRE=FILE, both if there are; MODELS=smollm2,gemma3 PROSE=FILE N=100 ROWS=ours,LoRA
+evaluate-real: install
+	$(BIN)/python -m bench.real $(if $(MODELS),--models $(MODELS)) $(if $(COUNTERFACT),--set counterfact=$(COUNTERFACT)) \
+	  $(if $(ZSRE),--set zsre=$(ZSRE)) $(if $(PROSE),--prose $(PROSE)) $(if $(N),-n $(N)) $(if $(ROWS),--rows $(ROWS))
 
 # Needs cmake and a C compiler, neither a GPU nor a CUDA toolkit.
 aot: install

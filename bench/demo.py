@@ -120,8 +120,10 @@ class Stream:
 
 
 @contextmanager
-def server(console: Console, *options: str, serve: Sequence[str] = SERVE) -> Iterator[httpx.Client]:
-    """The server with the bundled model on a free loopback port, and a client with its key."""
+def server(
+    console: Console, *options: str, serve: Sequence[str] = SERVE, timeout: float = 120
+) -> Iterator[httpx.Client]:
+    """A server, of the bundled model, on a free loopback port, and a client with its key."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -137,7 +139,7 @@ def server(console: Console, *options: str, serve: Sequence[str] = SERVE) -> Ite
     client = httpx.Client(
         base_url=f"http://127.0.0.1:{port}",
         headers={"Authorization": f"Bearer {key}"},
-        timeout=120,
+        timeout=timeout,
         trust_env=False,
     )
     try:
@@ -173,9 +175,9 @@ def post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any
     return response.json()
 
 
-def ask(client: httpx.Client, prompt: Any) -> str:
+def ask(client: httpx.Client, prompt: Any, model: str = str(MODEL), max_tokens: int = 16) -> str:
     """The model's greedy answer, by the endpoint that suits the prompt."""
-    body = {"model": str(MODEL), "max_tokens": 16, "temperature": 0}
+    body = {"model": model, "max_tokens": max_tokens, "temperature": 0}
     if isinstance(prompt, str):
         answer = post(client, "/v1/completions", body | {"prompt": prompt})
         return answer["choices"][0]["text"].strip()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ultraedit_kernels.integrations.vllm.settings import KEYS_VARIABLE, edit_keys, require_key
+from ultraedit_kernels.model.gguf import is_gguf, unpacked
 from ultraedit_kernels.settings import NAMES, SWITCH, TABLE, Setting, check
 
 WORKER_EXTENSION = "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
@@ -82,6 +83,8 @@ def server_command(
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
     else:  # `vllm serve` asks for the version of a distribution called "vllm"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    if is_gguf(ours.model) and not any(re.match(r"--served[-_]model[-_]name", a) for a in theirs):
+        command += ["--served-model-name", ours.model]
     command += ["--worker-extension-cls", WORKER_EXTENSION]
     command += ["--additional-config", json.dumps(config)]
     if ours.config is not None:
@@ -104,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-model-len; `vllm serve --help` lists them.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="a Hugging Face directory or hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face directory, hub id or GGUF file"
+    )
     for setting in TABLE.values():
         if setting.serve is not None:
             parser.add_argument(setting.serve, dest=setting.name, **_option(setting))
@@ -228,13 +233,20 @@ def installed_vllm() -> tuple[str, str]:
 
 
 def _model(model: str) -> str:
-    """A hub id as it is; a path must exist, since vLLM would report it as a missing hub id."""
+    """A hub id as it is; a path must exist, since vLLM would report it as a missing hub id. A GGUF
+    file is unpacked first: packed weights cannot be edited."""
     path = Path(model).expanduser()
+    if is_gguf(path):
+        print(f"ultraedit serve: unpacking {path}", file=sys.stderr)
+        try:
+            return str(unpacked(path))
+        except (OSError, ValueError) as error:
+            raise ServeError(str(error)) from error
     if path.exists():
         return str(path)
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) is None:
         raise ServeError(
-            f"model path {model} does not exist; pass a Hugging Face directory or hub id"
+            f"model path {model} does not exist; pass a Hugging Face directory, hub id or GGUF file"
         )
     return model
 

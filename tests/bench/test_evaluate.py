@@ -33,7 +33,7 @@ TINY = evaluate.Scale(
     vocab=512,
     epochs=50,
     ours={"anchors": 50},
-    rates={"published": [1e-3], "fine-tuning": [1e-3], "LoRA": [1e-2]},
+    rates={"published": [1e-3], "fine-tuning": [1e-3], "LocFT-BF": [3e-3], "LoRA": [1e-2]},
     frontier={"anchors": [{"anchors": 0}, {"anchors": 20}], "rounds": [{"rounds": 1}]},
     lifelong_facts=40,
     lifelong_hidden=64,
@@ -72,7 +72,7 @@ def test_every_method_is_scored_on_the_same_untouched_model(folder: Path) -> Non
     main = result(folder, "main-1")
     methods = main["methods"]
     assert list(methods) == [
-        *("untouched", "published", "fine-tuning", "LoRA"),
+        *("untouched", "published", "fine-tuning", "LocFT-BF", "LoRA"),
         *("ours, open loop", "ours", "ours, 4 rephrases"),
     ]
     assert main["model"]["exact_match_of_texts_seen"] > 0.9

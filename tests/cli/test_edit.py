@@ -50,6 +50,24 @@ def test_checkpoint_differs_from_the_model_in_the_edited_weights_only(edited: Pa
     assert changed == {f"{name}.weight" for name in modules}
 
 
+def test_a_gguf_file_gives_an_ordinary_checkpoint(
+    edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    from tests.model.gguf_file import write
+
+    write(tmp_path / "tiny.gguf")
+    how = ["--limit", 2, "--anchors", 0, "--dtype", "float32"]
+    assert run("edit", tmp_path / "tiny.gguf", edits, "-o", tmp_path / "out", *how) == 0
+    before, after = load(MODEL)[0].state_dict(), load(tmp_path / "out")[0].state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    modules = presets.default_modules(*(m := load(MODEL)[0], m.config))
+    assert changed == {f"{name}.weight" for name in modules}
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF and no more")
+    assert run("edit", tmp_path / "tiny.gguf", edits, "-o", tmp_path / "other", *how) == 1
+    assert "cannot unpack" in capsys.readouterr().err
+
+
 def test_servers_find_only_weights_beside_the_weights(edited: Path) -> None:
     """vLLM loads every safetensors file of the folder itself."""
     assert [p.name for p in (edited / "out").glob("*.safetensors")] == ["model.safetensors"]

@@ -15,8 +15,9 @@ pytest.importorskip("typer")
 from bench.world import World
 from tests.cli.command import MODEL, TURN_SIZE, run
 from ultraedit_kernels import __version__
-from ultraedit_kernels.cli.show import SCORES
+from ultraedit_kernels.cli.show import LOOSER, SCORES
 from ultraedit_kernels.evaluation import baselines
+from ultraedit_kernels.evaluation.scores import WAYS
 from ultraedit_kernels.model import presets
 
 
@@ -32,13 +33,16 @@ def test_json_has_every_score(evaluation: subprocess.CompletedProcess[str], edit
     assert evaluation.returncode == 0, evaluation.stderr
     report = json.loads(evaluation.stdout)
     for source in (report, report["untouched"]):
-        for regime in ("generation", "teacher_forced"):
+        for regime in WAYS:
             assert set(source[regime]) == set(SCORES)
     scores, untouched = report["generation"], report["untouched"]["generation"]
     assert scores["efficacy"] >= 0.9
     assert scores["generalization"] > 0.5 > untouched["generalization"]
     assert scores["specificity"] > 0.9 and untouched["specificity"] is None
     assert untouched["efficacy"] == 0 and untouched["specificity_gold"] > 0.9
+    assert report["contains"]["efficacy"] >= scores["efficacy"]
+    near = report["neighbours"]
+    assert near["first_token"] > 0.9 and near["kl"] < 0.2 and near["leak"] < 0.1
     assert report["perplexity"] > report["untouched"]["perplexity"] > 1
     assert (report["model"], report["edits_file"]) == (str(MODEL), str(edits))
     assert (report["edits"], report["turns"], report["dtype"]) == (20, 3, "float32")
@@ -64,7 +68,10 @@ def test_table_shows_the_scores_of_the_report(
 ) -> None:
     report = json.loads(evaluation.stdout)
     lines = [line.split() for line in evaluation.stderr.splitlines()]
-    (efficacy,) = (line for line in lines if line[:1] == ["efficacy"])
+    efficacy, looser = (line for line in lines if line[:1] == ["efficacy"])
+    assert [float(cell) for cell in looser[1:]] == [
+        pytest.approx(100 * report[way]["efficacy"], abs=0.06) for way in LOOSER
+    ]
     assert [float(cell) for cell in efficacy[1:]] == [
         pytest.approx(100 * source[regime]["efficacy"], abs=0.06)
         for regime in ("generation", "teacher_forced")
@@ -90,7 +97,7 @@ def test_baselines_run_on_the_same_edits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("peft")
-    best = {"published": 1.5e-3, "fine-tuning": 3e-3, "LoRA": 1e-2}
+    best = {"published": 1.5e-3, "fine-tuning": 3e-3, "LocFT-BF": 3e-3, "LoRA": 1e-2}
     monkeypatch.setattr(baselines, "rates", lambda baseline, *_: [best[baseline]])
     file = tmp_path / "scores.json"
     options = ["--limit", 4, "--turn-size", 4, "--anchors", 0, "--json", file, "--baselines"]
@@ -100,7 +107,7 @@ def test_baselines_run_on_the_same_edits(
     for baseline, scored in report["baselines"].items():
         assert scored["lr"] == best[baseline] and scored["edits"] == 4
         assert scored["generation"] != report["untouched"]["generation"]
-    for baseline in ("fine-tuning", "LoRA"):  # one turn, so that nothing is forgotten
+    for baseline in ("fine-tuning", "LocFT-BF", "LoRA"):  # one turn, so that nothing is forgotten
         assert report["baselines"][baseline]["generation"]["efficacy"] == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     (shown,) = (line for line in lines if line[:1] == ["LoRA"])

@@ -24,7 +24,9 @@ def scores(model: nn.Module, tokenizer: Any, edits: list[EditRequest] = EDITS) -
     return metrics.evaluate(model, tokenizer, edits)
 
 
-@pytest.mark.parametrize(("baseline", "lr"), [("fine-tuning", 1e-3), ("LoRA", 1e-2)])
+@pytest.mark.parametrize(
+    ("baseline", "lr"), [("fine-tuning", 1e-3), ("LocFT-BF", 3e-3), ("LoRA", 1e-2)]
+)
 def test_fine_tuning_reaches_its_edits(
     model: nn.Module, tokenizer: Any, baseline: str, lr: float
 ) -> None:
@@ -45,6 +47,7 @@ def test_what_is_done_again_gives_the_same(
     model: nn.Module, tokenizer: Any, baseline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "MAX_STEPS", 3)
+    monkeypatch.setattr(comparison, "EPOCHS", 3)
     modules = default_modules(model, model.config)
     made = []
     for _ in range(2):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultraedit_kernels.evaluation.loaders import load_edits, split_turns
-from ultraedit_kernels.model.request import EditRequest, LocalityTest, check_turn
+from ultraedit_kernels.model.request import EditRequest, LocalityTest, PortabilityTest, check_turn
 
 EDITS = Path(__file__).parents[1] / "fixtures" / "edits"
 CHAT = [{"role": "user", "content": "Who wrote The Tin Orchard?"}]
@@ -136,6 +136,7 @@ def test_knowedit() -> None:
             LocalityTest("The employer of Ola Fenn is"),
             LocalityTest("A former band of Ola Fenn is", "The Mills"),
         ),
+        test_portability=(PortabilityTest("The country of birth of Ola Fenn is", "Zedonia"),),
     )
     assert load_one("knowedit_wikibio.json") == EditRequest(
         "This is a passage about Ola Fenn. Ola Fenn plays the harp.",
@@ -163,6 +164,9 @@ def test_wikibigedit() -> None:
                 "Ahoy, who be at the helm o' Tarn Motors?",
             ),
             test_locality=(LocalityTest("Who founded the Long Bridge Company?", "Una Fenn"),),
+            test_portability=(
+                PortabilityTest("Where was the chief executive of Tarn Motors born?", "Pell"),
+            ),
         ),
         EditRequest(
             "Who is the mayor of Pell?",

@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.evaluation.facts import FACTS, new_model, requests, teach
-from ultraedit_kernels.evaluation.scores import evaluate, record_locality
+from ultraedit_kernels.evaluation.scores import evaluate, normalised, record_locality
 from ultraedit_kernels.model.encoding import Sequence, encode
-from ultraedit_kernels.model.request import EditRequest, LocalityTest
+from ultraedit_kernels.model.request import EditRequest, LocalityTest, PortabilityTest
 
 
 @pytest.fixture
@@ -28,9 +28,13 @@ def test_the_models_own_answers_score_one(model: LlamaForCausalLM, tokenizer: An
     edits = requests()
     before = record_locality(model, tokenizer, edits, batch_size=3)
     result = evaluate(model, tokenizer, edits, before=before, batch_size=3)
-    scores = {"efficacy": 1.0, "generalization": None, "specificity": 1.0, "specificity_gold": 1.0}
-    assert result["generation"] == scores
-    assert result["teacher_forced"] == scores
+    scores = {"efficacy": 1.0, "generalization": None, "portability": None}
+    scores |= {"specificity": 1.0, "specificity_gold": 1.0}
+    assert result["generation"] == result["teacher_forced"] == scores
+    for way in ("begins", "contains", "locft"):
+        assert result[way] == scores | {"specificity": None}
+    unmoved = {"first_token": 1.0, "first_five": 1.0, "kl": 0.0, "leak": 0.0}
+    assert result["neighbours"] == unmoved
     assert result["edits"] == len(FACTS)
     assert "per_relation" not in result
     json.dumps(result)
@@ -98,6 +102,7 @@ def test_edits_weigh_the_same_and_rows_stay_joined(model: LlamaForCausalLM, toke
     assert result["generation"] == {
         "efficacy": pytest.approx(2 / 3),
         "generalization": pytest.approx((1 / 3 + 1) / 2),
+        "portability": None,
         "specificity": 1.0,
         "specificity_gold": 1.0,
     }
@@ -111,6 +116,61 @@ def test_edits_weigh_the_same_and_rows_stay_joined(model: LlamaForCausalLM, toke
     (locality,) = rows[1]["specificity"]
     assert (locality["prompt"], locality["gold"]) == (a, x)
     assert locality["answer"] == locality["before"] and locality["answer"].strip() == x
+
+
+@pytest.mark.parametrize(
+    ("target", "begins", "contains", "locft"),
+    [
+        ("Ada Quill", 1, 1, 1),
+        ("Ada", 1, 1, 0),
+        ("Quill", 0, 1, 0),
+        ("quill", 0, 1, 0),
+        ("the ada quill!", 0, 0, 1),
+        ("Bo", 0, 0, 0),
+    ],
+)
+def test_looser_ways_to_judge_an_answer(
+    model: LlamaForCausalLM, tokenizer: Any, target: str, begins: int, contains: int, locft: int
+) -> None:
+    result = evaluate(model, tokenizer, [EditRequest(FACTS[2][0], target)])
+    found = [result[way]["efficacy"] for way in ("begins", "contains", "locft")]
+    assert found == [begins, contains, locft]
+
+
+def test_locft_bf_compares_up_to_a_full_stop_or_line_end() -> None:
+    assert normalised(" The  U-Boat, a\tship. It sank.\n") == "uboat ship"
+    assert normalised("An answer\nand another") == "answer"
+    assert normalised("\nlate") == normalised(". late") == ""
+    assert normalised("theatre") == "theatre"  # no article in it
+
+
+def test_what_follows_from_an_edit_is_scored_by_its_own_answer(
+    model: LlamaForCausalLM, tokenizer: Any
+) -> None:
+    (a, x), (b, y), (c, z) = FACTS[:3]
+    follows = (PortabilityTest(b, y), PortabilityTest(c, z), PortabilityTest(c, y))
+    result = evaluate(model, tokenizer, [EditRequest(a, x, test_portability=follows)])
+    assert result["generation"]["portability"] == pytest.approx(2 / 3)
+    (row,) = result["rows"]
+    assert [test["prompt"] for test in row["portability"]] == [b, c, c]
+
+
+def test_neighbours_are_compared_token_by_token(
+    model: LlamaForCausalLM, random_model: LlamaForCausalLM, tokenizer: Any
+) -> None:
+    (a, _), (b, y) = FACTS[:2]
+    edits = [EditRequest(a, y.upper(), test_locality=(LocalityTest(b),))]
+    before = record_locality(random_model, tokenizer, edits)
+    after = evaluate(model, tokenizer, edits, before=before)["neighbours"]
+    ids = torch.tensor([encode(tokenizer, b, y).prompt_ids])
+    old, new = (m(input_ids=ids).logits[0, -1].log_softmax(-1) for m in (random_model, model))
+    kl = float((old.exp() * (old - new)).sum().detach())
+    same = float(old.argmax() == new.argmax())
+    expected = {"first_token": same, "first_five": 0.0, "kl": pytest.approx(kl, rel=1e-4)}
+    assert after == expected | {"leak": 1.0} and kl > 0.1
+    # It was there before: nothing leaked.
+    before = record_locality(model, tokenizer, edits)
+    assert evaluate(model, tokenizer, edits, before=before)["neighbours"]["leak"] == 0.0
 
 
 def test_taught_prompts_are_not_scored(model: LlamaForCausalLM, tokenizer: Any) -> None:

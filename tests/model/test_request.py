@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ultraedit_kernels.model.request import EditRequest, LocalityTest, check_turn
+from ultraedit_kernels.model.request import EditRequest, LocalityTest, PortabilityTest, check_turn
 
 CHAT = [{"role": "user", "content": "Who wrote The Tin Orchard?"}]
 
@@ -13,7 +13,9 @@ def test_lists_become_tuples_and_questions_become_locality_tests() -> None:
         "b",
         rephrases=["c", CHAT],  # type: ignore[arg-type]
         test_locality=["d", {"prompt": CHAT, "answer": "e"}],  # type: ignore[arg-type]
+        test_portability=[{"prompt": "f", "answer": "g"}],  # type: ignore[arg-type]
     )
+    assert request.test_portability == (PortabilityTest("f", "g"),)
     assert request.rephrases == ("c", CHAT)
     assert request.test_locality == (LocalityTest("d"), LocalityTest(CHAT, "e"))
 
@@ -49,6 +51,8 @@ def test_messages_are_copied() -> None:
         ({"test_locality": [{"answer": "x"}]}, ValueError, r"test_locality\[0\].*prompt"),
         ({"test_locality": [{"prompt": "x", "answer": ""}]}, ValueError, "answer is empty"),
         ({"test_locality": [7]}, TypeError, r"test_locality\[0\].*int"),
+        ({"test_portability": ["x"]}, ValueError, r"test_portability\[0\] is str"),
+        ({"test_portability": [{"prompt": "x", "answer": " "}]}, ValueError, "answer is only"),
         ({"relation": 7}, TypeError, "relation is int"),
     ],
 )

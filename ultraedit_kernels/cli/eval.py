@@ -132,6 +132,8 @@ def _report(
     """All that `--json` writes."""
     import torch
 
+    from ultraedit_kernels.evaluation.scores import WAYS
+
     if job.device.type == "cuda":
         name = torch.cuda.get_device_name(job.device)
     else:
@@ -155,9 +157,7 @@ def _report(
             "transformers": metadata.version("transformers"),
         },
         "settings": {"turn_size": made.turn_size, **settings},
-        "untouched": {
-            key: untouched[key] for key in ("generation", "teacher_forced", "perplexity")
-        },
+        "untouched": {key: untouched[key] for key in (*WAYS, "perplexity")},
         **scores,
         "rows": [
             {**row, "turn": turn, "held_when_made": outcome.succeeded, "rounds": outcome.rounds}
@@ -192,11 +192,15 @@ def _evaluate_server(
 
     from ultraedit_kernels.evaluation import scores as metrics
     from ultraedit_kernels.evaluation.answers import ServedModel
+    from ultraedit_kernels.model.gguf import is_gguf, load_gguf_tokenizer
 
     requests = read_edits(edits, limit)
     served = ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        if is_gguf(model):
+            tokenizer = load_gguf_tokenizer(model)
+        else:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
     with progress() as bar:

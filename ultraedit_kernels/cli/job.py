@@ -80,6 +80,7 @@ def load(
 
     from ultraedit_kernels.editor import Editor
     from ultraedit_kernels.method.memory import STREAM
+    from ultraedit_kernels.model.gguf import is_gguf, load_gguf
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(
@@ -88,15 +89,23 @@ def load(
     place = _device(device)
     requests = read_edits(edits_file, limit)
     local = Path(name).expanduser()
-    if not local.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"there is no directory {name}; pass a Hugging Face directory or hub id")
-    if local.is_dir():  # bars are for downloads
+    if not (local.is_dir() or is_gguf(local)) and (
+        name.startswith((".", "/", "~")) or name.count("/") > 1
+    ):
+        raise ValueError(
+            f"there is no directory {name}; pass a Hugging Face directory, hub id or GGUF file"
+        )
+    if local.exists():  # bars are for downloads
         transformers.logging.disable_progress_bar()
     source = str(local) if local.is_dir() else name
     ERR.print(f"loading {name} to {place}", soft_wrap=True)
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(place)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if is_gguf(local):
+            model, tokenizer = load_gguf(local, dtype)
+            model.to(place)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(place)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {name}: {error}") from error
     stream = local / STREAM

@@ -15,7 +15,9 @@ from ultraedit_kernels.settings import TABLE, Setting, check
 
 HOW = "How to edit"
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory or hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, hub id or GGUF file.")
+]
 Edits = Annotated[
     Path,
     typer.Argument(

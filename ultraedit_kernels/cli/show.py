@@ -22,10 +22,13 @@ SHOWN_FAILURES = 10
 SCORES = {
     "efficacy": "efficacy",
     "generalization": "generalisation",
+    "portability": "portability",
     "specificity": "specificity",
     "specificity_gold": "specificity (gold)",
 }
 """Scores and their titles."""
+LOOSER = {"begins": "begins with", "contains": "contains", "locft": "LocFT-BF"}
+"""Ways to judge an answer, beside the exact one, and their titles."""
 
 # Prompts may hold [brackets] and :colons:, which rich would take for markup.
 OUT = Console(markup=False, emoji=False, highlight=False)
@@ -98,6 +101,7 @@ def print_server_scores(console: Console, report: dict[str, Any]) -> None:
         if score != "specificity":  # what it said before is not known
             table.add_row(title, _percent(report["generation"][score]))
     console.print(table)
+    _print_looser(console, report)
     _print_relations(console, report)
 
 
@@ -119,6 +123,15 @@ def print_scores(console: Console, report: dict[str, Any]) -> None:
         ]
         table.add_row(title, *cells)
     console.print(table)
+    _print_looser(console, report)
+    near = report["neighbours"]
+    if near["kl"] is not None:
+        console.print(
+            f"neighbours: first token as before {_percent(near['first_token'])} %, first five "
+            f"{_percent(near['first_five'])} %, the edit's target leaks into "
+            f"{_percent(near['leak'])} %, KL {near['kl']:.3f}",
+            soft_wrap=True,
+        )
     if report["perplexity"] is not None:
         console.print(
             f"perplexity of the locality tests with their gold answers: {report['perplexity']:.3f},"
@@ -129,9 +142,19 @@ def print_scores(console: Console, report: dict[str, Any]) -> None:
         _print_baselines(console, report)
     console.print(
         "generation: free greedy decoding, the whole answer and then a stop. teacher-forced: share "
-        "of answer tokens, given those before. specificity: answers that stayed as they were.",
+        "of answer tokens, given those before. specificity: answers that stayed as they were. "
+        "LocFT-BF: the answer up to the first full stop or line end, without case and articles.",
         style="dim",
     )
+
+
+def _print_looser(console: Console, report: dict[str, Any]) -> None:
+    table = _table("The answer ... the expected text, %", tuple(LOOSER.values()))
+    for score, title in SCORES.items():
+        cells = [report[way][score] for way in LOOSER]
+        if any(cell is not None for cell in cells):
+            table.add_row(title, *map(_percent, cells))
+    console.print(table)
 
 
 def _print_relations(console: Console, report: dict[str, Any]) -> None:

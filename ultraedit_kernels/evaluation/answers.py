@@ -12,11 +12,11 @@ import urllib.request
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ultraedit_kernels.model.capture import evaluation_mode
 from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt, pad_right
@@ -105,6 +105,10 @@ class Output:
     """Tokens of the expected answer without the end of sequence; empty if none is known."""
     predicted: tuple[int, ...] = ()
     """Most likely token at the place of each of them."""
+    tokens: tuple[int, ...] = ()
+    """The answer as generated, with the end of sequence; empty of a served model."""
+    first: Tensor | None = field(default=None, compare=False, repr=False)
+    """Log-probabilities of the answer's first token, float32 [vocabulary] on the CPU, if asked."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +135,25 @@ def generate_answers(
     """
     if isinstance(model, ServedModel):
         return model.answers(prompts, max_new_tokens, batch_size)
+    told = _generate(model, tokenizer, prompts, max_new_tokens, batch_size)
+    return [answer for answer, _ in told]
+
+
+def _generate(
+    model: nn.Module, tokenizer: Any, prompts: Seq[Prompt], max_new_tokens: int, batch_size: int
+) -> list[tuple[Answer, tuple[int, ...]]]:
+    """Answers, each with all of its tokens."""
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     # Room for the end of sequence, and for one token by which a longer answer is known.
     limit = max_new_tokens + 2
-    tokens = generate(model, tokenizer, ids, max_new_tokens=limit, batch_size=batch_size)
-    answers = []
-    for new in tokens:
+    told = []
+    for new in generate(model, tokenizer, ids, max_new_tokens=limit, batch_size=batch_size):
         stopped = len(new) < limit
         text = tokenizer.decode(
             new[:-1] if stopped else new[:max_new_tokens], clean_up_tokenization_spaces=False
         )
-        answers.append(Answer(text, stopped))
-    return answers
+        told.append((Answer(text, stopped), tuple(new)))
+    return told
 
 
 def answer_all(
@@ -152,21 +163,22 @@ def answer_all(
     limit: int,
     batch_size: int,
     progress: Callable[[int, int], None] | None,
+    distributions: bool = False,
 ) -> list[Output]:
     """Generation and teacher forcing at every question, in order; batched by length.
 
     Args:
         limit: most tokens of an answer, without the end of sequence.
         progress: called with (questions done, questions in all) after each batch.
+        distributions: keep `Output.first`, of a model in this process.
 
     Raises:
         ValueError: neither tokenizer nor model has an end-of-sequence token, of a model in this
             process; or a served model does not answer.
     """
-    served = isinstance(model, ServedModel)
     settings = getattr(model, "generation_config", None)
     ends = (tokenizer.eos_token_id, getattr(settings, "eos_token_id", None))
-    if not served and ends == (None, None):
+    if not isinstance(model, ServedModel) and ends == (None, None):
         raise ValueError(
             "neither tokenizer nor model has an end-of-sequence token, expected one, as an answer "
             "counts only if the model stops after it; set tokenizer.eos_token"
@@ -176,36 +188,39 @@ def answer_all(
     outputs: dict[int, Output] = {}
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        answers = generate_answers(
-            model,
-            tokenizer,
-            [questions[i].prompt for i in part],
-            max_new_tokens=limit,
-            batch_size=batch_size,
-        )
-        forced = {
-            i: encode(tokenizer, questions[i].prompt, expected, append_eos=False)
-            for i in part
-            if not served and (expected := questions[i].expected) is not None
-        }
-        for i, answer in zip(part, answers, strict=True):
-            outputs[i] = Output(questions[i].prompt, answer)
-        for (i, sequence), predicted in zip(
-            forced.items(), _predict(model, list(forced.values())), strict=True
-        ):
-            outputs[i] = replace(
-                outputs[i], expected=tuple(sequence.target_ids), predicted=predicted
-            )
+        prompts = [questions[i].prompt for i in part]
+        if isinstance(model, ServedModel):
+            answers = model.answers(prompts, limit, batch_size)
+            outputs |= {
+                i: Output(questions[i].prompt, a) for i, a in zip(part, answers, strict=True)
+            }
+        else:
+            told = _generate(model, tokenizer, prompts, limit, batch_size)
+            sequences = [_expected(tokenizer, questions[i]) for i in part]
+            forced = _predict(model, sequences, distributions)
+            for i, (answer, tokens), s, (predicted, first) in zip(
+                part, told, sequences, forced, strict=True
+            ):
+                outputs[i] = Output(
+                    questions[i].prompt, answer, tuple(s.target_ids), predicted, tokens, first
+                )
         if progress is not None:
             progress(len(outputs), len(questions))
     return [outputs[i] for i in range(len(questions))]
 
 
+def _expected(tokenizer: Any, question: Question) -> Sequence:
+    if question.expected is None:
+        return Sequence(encode_prompt(tokenizer, question.prompt), [])
+    return encode(tokenizer, question.prompt, question.expected, append_eos=False)
+
+
 @torch.no_grad()
-def _predict(model: Any, sequences: Seq[Sequence]) -> list[tuple[int, ...]]:
-    """The most likely token at each target token, given the prompt and the target up to it."""
-    if not sequences:
-        return []
+def _predict(
+    model: Any, sequences: Seq[Sequence], distributions: bool
+) -> list[tuple[tuple[int, ...], Tensor | None]]:
+    """The most likely token at each target token, given the prompt and the target up to it, and if
+    asked all log-probabilities at the first."""
     texts = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
     ids, mask = pad_right(texts, model.get_input_embeddings().weight.device)
     first = min(len(s.prompt_ids) for s in sequences) - 1
@@ -214,8 +229,9 @@ def _predict(model: Any, sequences: Seq[Sequence]) -> list[tuple[int, ...]]:
         logits = model(
             input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep
         ).logits
-    best = logits.argmax(-1).tolist()
-    return [
-        tuple(row[len(s.prompt_ids) - 1 - first : len(text) - first])
-        for row, s, text in zip(best, sequences, texts, strict=True)
-    ]
+    told = []
+    for row, best, s in zip(logits, logits.argmax(-1).tolist(), sequences, strict=True):
+        place = len(s.prompt_ids) - 1 - first
+        at_first = row[place].float().log_softmax(-1).cpu() if distributions else None
+        told.append((tuple(best[place : place + len(s.target_ids)]), at_first))
+    return told

@@ -5,8 +5,12 @@ published
 fine-tuning
     AdamW on the weights of the modules, turn by turn, until every edit of the turn holds. The
     end of sequence is taught and the rephrases that were given too, as to ours.
+LocFT-BF
+    Localised fine-tuning as its authors do it (arXiv 2509.22072): Adam on the weights of the
+    modules, one in their runs, for some epochs over all edits at once. It knows no turns: what is
+    edited later must be there from the start.
 LoRA
-    The same through peft: one adapter for the whole stream, merged at the end.
+    As fine-tuning, through peft: one adapter for the whole stream, merged at the end.
 
 Each depends on its learning rate. `search` tries a grid on the very edits that are scored, which
 favours these methods over ours, and keeps the best by `harmonic_mean`.
@@ -14,6 +18,7 @@ favours these methods over ours, and keeps the best by `harmonic_mean`.
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -23,10 +28,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ultraedit_kernels.editor import Editor
-from ultraedit_kernels.evaluation.perplexity import IGNORED
 from ultraedit_kernels.model.capture import evaluation_mode
 from ultraedit_kernels.model.encoding import Sequence, encode, pad_right
 from ultraedit_kernels.model.presets import PAPER
@@ -36,8 +40,12 @@ MAX_STEPS = 100
 """Of fine-tuning per turn; it stops earlier, as soon as the turn's edits hold."""
 BATCH_SIZE = 20
 """Texts in one forward pass of fine-tuning; the step is taken over the whole turn."""
+EPOCHS, BATCH, ENOUGH = 25, 100, 1e-2
+"""Of LocFT-BF: passes over all edits, edits of a step, and the mean loss at which it ends."""
 LORA_RANK = 8
 LORA_ALPHA = 16
+IGNORED = -100
+"""Label of a token without a loss."""
 
 
 def published(
@@ -57,13 +65,32 @@ def fine_tune(
     model: nn.Module, tokenizer: Any, turns: Seq[Seq[EditRequest]], modules: Seq[str], lr: float
 ) -> None:
     """Fine-tune the weights of the modules."""
-    weights = [model.get_parameter(f"{name}.weight") for name in modules]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
+    weights = _only(model, modules)
     for turn in turns:
         _until_held(model, weights, _sequences(tokenizer, turn), lr)
+
+
+def localised(
+    model: nn.Module, tokenizer: Any, turns: Seq[Seq[EditRequest]], modules: Seq[str], lr: float
+) -> None:
+    """Fine-tune the weights of the modules on the edits of all turns together."""
+    weights = _only(model, modules)
+    sequences = [s for turn in turns for s in _sequences(tokenizer, turn)]
+    optimizer = torch.optim.Adam(weights, lr=lr)
+    order = random.Random(0)
+    with evaluation_mode(model), torch.enable_grad():
+        for _ in range(EPOCHS):
+            order.shuffle(sequences)
+            losses: list[float] = []
+            for start in range(0, len(sequences), BATCH):
+                optimizer.zero_grad()
+                batch = sequences[start : start + BATCH]
+                losses += _mean_losses(model, batch)
+                if sum(losses[start:]) / len(batch) >= ENOUGH:
+                    optimizer.step()
+            if sum(losses) / len(losses) < ENOUGH:
+                break
+    optimizer.zero_grad()
 
 
 def lora(
@@ -97,6 +124,7 @@ def lora(
 BASELINES: dict[str, Callable[..., None]] = {
     "published": published,
     "fine-tuning": fine_tune,
+    "LocFT-BF": localised,
     "LoRA": lora,
 }
 
@@ -106,6 +134,8 @@ def rates(baseline: str, model: nn.Module, modules: Seq[str]) -> list[float]:
     if baseline == "published":  # its best step shrinks with the width; the first is the paper's
         d_in = max(model.get_parameter(f"{name}.weight").shape[1] for name in modules)
         return [product / d_in for product in (0.0143, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6)]
+    if baseline == "LocFT-BF":
+        return [5e-4]  # its authors', for every model
     if baseline == "LoRA":
         return [1e-3, 3e-3, 1e-2]
     return [3e-4, 1e-3, 3e-3, 1e-2]
@@ -170,6 +200,16 @@ def restored(model: nn.Module, modules: Seq[str]) -> Iterator[None]:
             parameter.requires_grad_(wanted)
 
 
+def _only(model: nn.Module, modules: Seq[str]) -> list[nn.Parameter]:
+    """The weights of the modules, which alone ask for gradients."""
+    weights = [model.get_parameter(f"{name}.weight") for name in modules]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    return weights
+
+
 def _sequences(tokenizer: Any, turn: Seq[EditRequest]) -> list[Sequence]:
     return [
         encode(tokenizer, prompt, request.target)
@@ -183,25 +223,42 @@ def _until_held(
 ) -> None:
     """Step on all sequences until greedy decoding gives every target and then stops."""
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
-    device = model.get_input_embeddings().weight.device
     tokens = sum(len(s.target_ids) for s in sequences)
     with evaluation_mode(model), torch.enable_grad():
         for _ in range(MAX_STEPS):
             optimizer.zero_grad()
             wrong = 0
             for start in range(0, len(sequences), BATCH_SIZE):
-                part = sequences[start : start + BATCH_SIZE]
-                ids, mask = pad_right([s.prompt_ids + s.target_ids for s in part], device)
-                labels = torch.full_like(ids, IGNORED)
-                for row, s in zip(labels, part, strict=True):
-                    end = len(s.prompt_ids) + len(s.target_ids)
-                    row[len(s.prompt_ids) : end] = torch.tensor(s.target_ids)
-                here = labels[:, 1:] != IGNORED
-                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-                logits, truth = logits[here].float(), labels[:, 1:][here]
+                logits, truth = _at_targets(model, sequences[start : start + BATCH_SIZE])
                 wrong += int((logits.argmax(-1) != truth).sum())
                 (F.cross_entropy(logits, truth, reduction="sum") / tokens).backward()
             if not wrong:
                 break
             optimizer.step()
     optimizer.zero_grad()
+
+
+def _mean_losses(model: Any, sequences: Seq[Sequence]) -> list[float]:
+    """Cross entropy of each target, mean over its tokens; the gradient of their mean is added."""
+    losses: list[float] = []
+    for start in range(0, len(sequences), BATCH_SIZE):
+        part = sequences[start : start + BATCH_SIZE]
+        each = F.cross_entropy(*_at_targets(model, part), reduction="none")
+        of_target = each.split([len(s.target_ids) for s in part])
+        means = torch.stack([tokens.mean() for tokens in of_target])
+        (means.sum() / len(sequences)).backward()
+        losses += means.tolist()
+    return losses
+
+
+def _at_targets(model: Any, sequences: Seq[Sequence]) -> tuple[Tensor, Tensor]:
+    """Logits [tokens, vocabulary] where the targets' tokens are expected, and these tokens."""
+    rows = [s.prompt_ids + s.target_ids for s in sequences]
+    ids, mask = pad_right(rows, model.get_input_embeddings().weight.device)
+    labels = torch.full_like(ids, IGNORED)
+    for row, s in zip(labels, sequences, strict=True):
+        end = len(s.prompt_ids) + len(s.target_ids)
+        row[len(s.prompt_ids) : end] = torch.tensor(s.target_ids)
+    here = labels[:, 1:] != IGNORED
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    return logits[here].float(), labels[:, 1:][here]

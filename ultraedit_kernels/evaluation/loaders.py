@@ -1,8 +1,8 @@
 """Loaders of the published edit sets, and of our own records.
 
 In the published sets the rephrase, locality and portability fields are test questions. They load
-as `test_rephrases` and `test_locality`, which are scored and never shown to the editor; only our
-own records carry `rephrases` (to teach) and `locality` (to protect).
+as `test_rephrases`, `test_locality` and `test_portability`, which are scored and never shown to the
+editor; only our own records carry `rephrases` (to teach) and `locality` (to protect).
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ultraedit_kernels.model.request import EditRequest, LocalityTest, kind_of, prompt_key
+from ultraedit_kernels.model.request import (
+    EditRequest,
+    LocalityTest,
+    PortabilityTest,
+    kind_of,
+    prompt_key,
+)
 
 
 def split_turns(requests: Iterable[EditRequest], size: int) -> Iterator[list[EditRequest]]:
@@ -215,6 +221,11 @@ def _tests(record: Mapping[str, Any], prompt: str, answer: str) -> tuple[Localit
     return tuple(LocalityTest(text, gold) for text in _texts(record, prompt))
 
 
+def _follows(record: Mapping[str, Any], prompt: str, answer: str) -> tuple[PortabilityTest, ...]:
+    told = _answer(record.get(answer), answer)
+    return tuple(PortabilityTest(text, told) for text in _texts(record, prompt) if told)
+
+
 def _target(record: Mapping[str, Any], *names: str) -> str:
     """The new answer: the first of these fields that holds one."""
     present = [name for name in names if name in record]
@@ -256,13 +267,14 @@ def _ultraeditbench(record: dict[str, Any]) -> list[EditRequest]:
 
 
 def _wikibigedit(record: dict[str, Any]) -> list[EditRequest]:
-    # `personas` is the same question in somebody's voice. `mhop` is another question: left out.
+    # `personas` is the same question in somebody's voice, `mhop` one about what follows.
     return [
         EditRequest(
             _field(record, "update"),
             _target(record, "ans"),
             test_rephrases=_texts(record, "rephrase", "personas"),
             test_locality=_tests(record, "loc", "loc_ans"),
+            test_portability=_follows(record, "mhop", "mhop_ans"),
         )
     ]
 
@@ -283,17 +295,24 @@ def _easyedit(record: dict[str, Any]) -> list[EditRequest]:
     prompt = "prompt" if "prompt" in record else "text"  # WikiBio says text and labels
     target = _target(record, "target_new", "labels")
     rephrases = _texts(record, "rephrase_prompt", "rephrase")
-    # A question by another name of the subject is a rephrase; other portability is not.
+    # A question by another name of the subject is a rephrase.
+    portability: tuple[PortabilityTest, ...] = ()
     for question in _nested(record, "portability"):
         answers = json.dumps(question.get("ground_truth"))
-        if question["group"] == "Subject_Aliasing" and json.dumps(target) in answers:
+        if question["group"] != "Subject_Aliasing":
+            portability += _follows(question, "prompt", "ground_truth")
+        elif json.dumps(target) in answers:
             rephrases += _texts(question, "prompt")
     locality = _tests(record, "locality_prompt", "locality_ground_truth")
     for question in _nested(record, "locality"):
         locality += _tests(question, "prompt", "ground_truth")
     return [
         EditRequest(
-            _field(record, prompt), target, test_rephrases=rephrases, test_locality=locality
+            _field(record, prompt),
+            target,
+            test_rephrases=rephrases,
+            test_locality=locality,
+            test_portability=portability,
         )
     ]
 

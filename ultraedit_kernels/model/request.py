@@ -26,6 +26,18 @@ class LocalityTest:
 
 
 @dataclass(frozen=True)
+class PortabilityTest:
+    """A question about what follows from an edit, and its answer."""
+
+    prompt: Prompt
+    answer: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", check_prompt(self.prompt, "prompt"))
+        check_text(self.answer, "answer", "what follows from the edit")
+
+
+@dataclass(frozen=True)
 class EditRequest:
     """One edit: after it, the model continues `prompt` with `target`.
 
@@ -36,6 +48,7 @@ class EditRequest:
         locality: prompts whose answers the edit must leave as they are.
         test_rephrases: held-out rephrases, only ever scored.
         test_locality: held-out locality prompts, only ever scored.
+        test_portability: questions about what follows from the edit, only ever scored.
         relation: a label by which scores are grouped, such as "P36".
 
     Raises:
@@ -50,6 +63,7 @@ class EditRequest:
     test_rephrases: tuple[Prompt, ...] = ()
     test_locality: tuple[LocalityTest, ...] = ()
     relation: str | None = None
+    test_portability: tuple[PortabilityTest, ...] = ()
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen
@@ -63,6 +77,12 @@ class EditRequest:
             self,
             "test_locality",
             tuple(check_locality_test(t, f"test_locality[{i}]") for i, t in enumerate(tests)),
+        )
+        asked = check_items(self.test_portability, "test_portability")
+        put(
+            self,
+            "test_portability",
+            tuple(check_portability_test(t, f"test_portability[{i}]") for i, t in enumerate(asked)),
         )
         if self.relation is not None:
             check_text(self.relation, "relation", "a label, or null")
@@ -215,6 +235,26 @@ def check_locality_test(value: object, field: str) -> LocalityTest:
                 'write {"prompt": ..., "answer": ...}'
             )
         return LocalityTest(**value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{field}: {error}") from None
+
+
+def check_portability_test(value: object, field: str) -> PortabilityTest:
+    """A portability test of an object with prompt and answer, or the test itself.
+
+    Raises:
+        TypeError, ValueError: as `check_prompt`, or no object with exactly these fields.
+    """
+    if isinstance(value, PortabilityTest):
+        return value
+    if not isinstance(value, Mapping) or set(value) != {"prompt", "answer"}:
+        got = sorted(map(str, value)) if isinstance(value, Mapping) else kind_of(value)
+        raise ValueError(
+            f"{field} is {got}, expected an object with exactly prompt and answer; "
+            'write {"prompt": ..., "answer": ...}'
+        )
+    try:
+        return PortabilityTest(**value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{field}: {error}") from None
 

@@ -378,3 +378,24 @@ def test_refuses_a_key_that_no_header_or_variable_can_hold(model: str, key: str)
 def test_refuses_a_bad_setting_of_the_routes(setting: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"setting {next(iter(setting))} is .*, expected"):
         check(setting, "operator")
+
+
+@needs_vllm
+def test_a_gguf_file_is_unpacked_and_served_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    from tests.model.gguf_file import write
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    write(file)
+    command, _ = server_command([str(file)], KEY)
+    (folder,) = (tmp_path / "cache" / "ultraedit").iterdir()
+    assert str(folder) in command and (folder / "model.safetensors").exists()
+    assert value(command, "--served-model-name") == str(file)
+    command, _ = server_command([str(file), "--served-model-name", "mine"], KEY)
+    assert value(command, "--served-model-name") == "mine"
+    file.write_bytes(b"GGUF and no more")
+    with pytest.raises(ServeError, match="cannot unpack"):
+        server_command([str(file)], KEY)
