@@ -160,7 +160,7 @@ def test_one_warning_for_a_reason() -> None:
         "f: left out 2 of 8 records (record 1, record 3): odd",
         "f: left out 2 of 8 records (record 5, record 7): odd and large",
     ]
-    with pytest.raises(ValueError, match="^f, record 1: odd$"):
+    with pytest.raises(ValueError, match=r"^f, record 1: odd$"):
         sift("f", records, use, strict=True)
     with pytest.raises(ValueError, match=r"^f, record 1: odd \(nor can the other 2 records"):
         sift("f", records[1::2][:3], use)
