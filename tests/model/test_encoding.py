@@ -60,7 +60,7 @@ def test_messages_that_the_template_refuses_are_a_value_error(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template)
-    with pytest.raises(ValueError, match="chat template refuses the messages: .+, expected"):
+    with pytest.raises(ValueError, match=r"chat template refuses the messages: .+, expected"):
         encode_prompt(tokenizer, CHAT)
 
 
