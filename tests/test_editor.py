@@ -549,11 +549,14 @@ def test_a_model_that_keeps_its_weights_transposed(tokenizer, tmp_path):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ends)).eval()
     name = "transformer.h.1.mlp.c_proj"
-    settings = {"modules": ["transformer.h.0.mlp.c_fc", name], "anchors": 20}
+    free = {"max_change": 1e3, "max_lost": 2.0}  # a random model has little to lose
+    settings = {"modules": ["transformer.h.0.mlp.c_fc", name], "anchors": 20, **free}
     editor = Editor(copy.deepcopy(model), tokenizer, state_dir=tmp_path, **settings)
     assert editor.weights[name].shape == (64, 96)
     before, parameter = state(editor), editor.model.get_parameter(f"{name}.weight")
-    results = [editor.apply([edit], commit) for edit in (SYDNEY, AUSTEN) for commit in (False, True)]
+    results = [
+        editor.apply([edit], commit) for edit in (SYDNEY, AUSTEN) for commit in (False, True)
+    ]
     assert all(edit.succeeded for result in results for edit in result.edits)
     assert answers(editor, [SYDNEY.prompt, CHAT, AUSTEN.prompt]) == [
         "Sydney",

@@ -164,8 +164,8 @@ def resolve_modules(
         modules: "auto" or "published" for `default_modules`, or dotted module names.
 
     Raises:
-        ValueError: an empty list, a name twice, an unknown name, a module that is neither an
-            `nn.Linear` nor a Conv1D, or one whose weight is quantised or shared with another module.
+        ValueError: an empty list, a name twice, an unknown name, a module that is no linear
+            one, or one whose weight is quantised or shared with another module.
         TypeError: `modules` is neither "auto" nor a list of names.
     """
     if isinstance(modules, str):
