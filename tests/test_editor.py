@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from bench.world import World
 from tests.conftest import BUNDLED
@@ -17,7 +16,6 @@ from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import encode, encode_prompt
 from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.presets import PAPER
-from ultraedit_kernels.store.delta import digest
 
 CHAT = [{"role": "user", "content": "What is the capital of Australia?"}]
 SYDNEY = EditRequest("The capital of Australia is", "Sydney", rephrases=(CHAT,))
@@ -540,43 +538,3 @@ def test_a_note_is_kept_in_the_record(model, tokenizer, tmp_path):
     editor.versions.write(editor.versions.pristine)
     found = Editor(model, tokenizer, anchors=0, state_dir=tmp_path).history()
     assert [record["note"]["key"] for record in found] == ["ä", "b"]
-
-
-def test_a_model_that_keeps_its_weights_transposed(tokenizer, tmp_path):
-    """GPT-2: everything but its own memory has the layout of nn.Linear."""
-    sizes = {"n_layer": 2, "n_embd": 64, "n_inner": 96, "n_head": 2, "n_positions": 64}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes, **ends)).eval()
-    name = "transformer.h.1.mlp.c_proj"
-    free = {"max_change": 1e3, "max_lost": 2.0}  # a random model has little to lose
-    settings = {"modules": ["transformer.h.0.mlp.c_fc", name], "anchors": 20, **free}
-    editor = Editor(copy.deepcopy(model), tokenizer, state_dir=tmp_path, **settings)
-    assert editor.weights[name].shape == (64, 96)
-    before, parameter = state(editor), editor.model.get_parameter(f"{name}.weight")
-    results = [
-        editor.apply([edit], commit) for edit in (SYDNEY, AUSTEN) for commit in (False, True)
-    ]
-    assert all(edit.succeeded for result in results for edit in result.edits)
-    assert answers(editor, [SYDNEY.prompt, CHAT, AUSTEN.prompt]) == [
-        "Sydney",
-        "Sydney",
-        "Jane Austen",
-    ]
-    changed = {n for n, value in before.items() if not torch.equal(value, state(editor)[n])}
-    assert changed == {f"{module}.weight" for module in settings["modules"]}
-    factors = [editor.delta(version).factors[name] for version in (1, 2)]
-    moved = sum(factor.coeff.T @ factor.keys for factor in factors)
-    torch.testing.assert_close(parameter - before[f"{name}.weight"], moved.T, rtol=0, atol=1e-5)
-    assert editor.versions.base[name] == digest(before[f"{name}.weight"].T.contiguous())
-    newest = editor.digest()
-    editor.close()
-    again = Editor(copy.deepcopy(model), tokenizer, state_dir=tmp_path, **settings)
-    assert again.digest() == newest
-    other = Editor(copy.deepcopy(model), tokenizer, **settings)
-    for version in (1, 2):
-        again.delta(version).save(tmp_path / "delta")
-        other.apply_delta(EditDelta.load(tmp_path / "delta"))
-    assert other.digest() == newest
-    again.rollback(0)
-    assert same(before, again)
