@@ -59,6 +59,7 @@ from ultraedit_kernels.evaluation.answers import Output
 from ultraedit_kernels.evaluation.loaders import load_edits, split_turns
 from ultraedit_kernels.evaluation.perplexity import perplexity
 from ultraedit_kernels.method.guards import GuardError
+from ultraedit_kernels.model.parallel import weight_of
 from ultraedit_kernels.model.presets import PAPER, resolve_modules
 from ultraedit_kernels.model.request import Prompt
 
@@ -446,7 +447,7 @@ def _asked(whole: Subject, points: Sequence[int], scale: Scale) -> dict[int, dic
 def _best_rate(run: Callable[[float], dict[str, Any]], model: Any, scale: Scale) -> float:
     """The step size of the published method that scores best on all edits, after the last one."""
     modules = resolve_modules(model, model.config, "auto")
-    width = max(model.get_parameter(f"{name}.weight").shape[1] for name in modules)
+    width = max(weight_of(model.get_submodule(name)).shape[1] for name in modules)
     found: dict[float, float] = {}
     for lr in (scale.rates or {}).get("published", [p / width for p in LIFELONG_RATES]):
         try:

@@ -41,7 +41,8 @@ class Editor:
     Args:
         model: the model; only the weights of the edited modules ever change.
         tokenizer: its tokenizer.
-        modules: dotted names of `nn.Linear` modules, or "auto" for the family's preset.
+        modules: dotted names of linear modules (`nn.Linear`, or GPT-2's Conv1D), or "auto" for the
+            family's preset.
         lr, step, reach, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`;
             step, reach, rounds and margin are by default what suits the place that is edited.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
@@ -63,7 +64,7 @@ class Editor:
         seed: of the sampled anchors.
 
     Attributes:
-        weights: module → W [d_out, d_in], as it is now.
+        weights: module → W [d_out, d_in], as it is now; a transposed view of a Conv1D's.
         versions: the versions of these weights, see `versions.Versions`.
         memory: what the stream of edits remembers, see `memory.Memory`.
         guards: what every turn must pass, see `guards.Guards`.

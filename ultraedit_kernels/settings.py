@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -101,10 +102,6 @@ def _choice(*names: str) -> Kind:
     return Kind(" or ".join(map(repr, names)), lambda x: x in names, str, "|".join(names))
 
 
-def _path(text: str) -> str:
-    return str(Path(text).absolute())
-
-
 ABOVE_ZERO = Kind("a number above 0", lambda x: _is_number(x) and x > 0, float, type=float)
 FROM_ZERO = Kind(
     "a number from 0", lambda x: _is_number(x) and x >= 0, float, type=float, least=0.0
@@ -117,9 +114,9 @@ STEP_SIZE = Kind(
 )
 SWITCH = Kind("true or false", lambda x: isinstance(x, bool), bool, "", bool)
 NAMES = Kind("'auto' or a list of names of modules", _is_names, _names, "NAME[,NAME]", list)
-PATH = Kind("a path", lambda x: x is None or isinstance(x, (str, Path)), _path, "PATH")
+PATH = Kind("a path", lambda x: x is None or isinstance(x, (str, Path)), os.path.abspath, "PATH")
 CANARIES = Kind(
-    "a file, or a list", lambda x: isinstance(x, (str, Path, list, tuple)), _path, "FILE"
+    "a file, or a list", lambda x: isinstance(x, (str, Path, list, tuple)), os.path.abspath, "FILE"
 )
 
 
@@ -182,8 +179,7 @@ class MethodSettings:
         serve="--edit-rounds",
     )
     ridge: float = _setting(1.0, ABOVE_ZERO, "λ of the ridge regression.")
-    # A serving engine rounds differently than the side pass, and a wider lead carries over to other
-    # phrasings.
+    # An engine rounds differently than the side pass, and a wide lead carries over to rephrases.
     margin: float = _setting(
         4.2,
         FROM_ZERO,

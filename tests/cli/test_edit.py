@@ -201,14 +201,73 @@ def test_errors_are_one_message(
     assert "there is no directory" in capsys.readouterr().err
 
 
-def test_error_inside_a_turn_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def no_system(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model, with a chat template that has no system role."""
+    model = tmp_path_factory.mktemp("no-system") / "model"
+    shutil.copytree(MODEL, model)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (path := model / name).exists() and name.endswith("json"):
+            config = json.loads(path.read_text())
+            path.write_text(json.dumps({**config, "chat_template": NO_SYSTEM}))
+        elif path.exists():
+            path.write_text(NO_SYSTEM)
+    return model
+
+
+USER = {"role": "user", "content": "What is the capital of Australia?"}
+SYSTEM = [{"role": "system", "content": "Be brief."}, USER]
+TEXT = {"prompt": "The capital of Australia is", "target": "Sydney"}
+LONG = {"prompt": "word " * 500, "target": "Sydney"}
+UNREADABLE: list[tuple[dict[str, object], str]] = [
+    ({"prompt": SYSTEM, "target": "Sydney"}, "refuses the messages: System role not supported"),
+    ({**TEXT, "rephrases": [SYSTEM]}, "refuses the messages: System role not supported"),
+    ({**TEXT, "test_locality": [{"prompt": SYSTEM}]}, "refuses the messages: System role"),
+    ({**TEXT, "target": None}, "target is null"),
+    (LONG, "prompt and target have"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), UNREADABLE)
+def test_a_record_that_the_model_cannot_read_is_left_out_or_ends_in_one_line(
+    record: dict[str, object],
+    reason: str,
+    no_system: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, out = tmp_path / "edits.json", tmp_path / "out"
+    options = ["-o", out, "--anchors", 0, "--rounds", 1]
+    file.write_text(json.dumps([record]))
+    assert run("edit", no_system, file, *options) == 1
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert error.startswith(f"{file}, record 0: ") and reason in error and error.count("\n") == 1
+    file.write_text(json.dumps([{**TEXT, "target": "Perth"}, record]))
+    assert run("edit", no_system, file, *options, "--strict") == 1
+    error = capsys.readouterr().err.partition("error: ")[2]
+    assert error.startswith(f"{file}, record 1: ") and reason in error and not out.exists()
+    assert run("edit", no_system, file, *options) == 0
+    captured = capsys.readouterr()
+    assert f"warning: {file}: left out 1 of 2 records (record 1): " in captured.err
+    assert reason in captured.err and captured.out.startswith("1 edit in 1 turn")
+
+
+def test_error_inside_a_turn_says_which(
+    edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "edits.json"
-    records = World.earth().edits(3, seed=1)
-    records[2]["prompt"] = "word " * 500
-    file.write_text(json.dumps(records))
-    options = ["--turn-size", 2, "--anchors", 0, "--rounds", 1]
+    records = json.loads(edits.read_text())[:3]
+    file.write_text(json.dumps([records[0], None, *records[1:]]))
+    options = ["--turn-size", 2, "--anchors", 0, "--lr", 1e9]
     assert run("edit", MODEL, file, "-o", tmp_path / "out", *options) == 1
-    assert f"error: turn 2, records 2 to 2 of {file}: edit 0: prompt" in capsys.readouterr().err
+    assert f"error: turn 1, record 0 to record 2 of {file}: " in capsys.readouterr().err
 
 
 def test_records_left_out_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

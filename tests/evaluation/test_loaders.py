@@ -1,6 +1,7 @@
+"""Turns, and files of which some records cannot be used."""
+
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,16 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultraedit_kernels.evaluation.loaders import load_edits, split_turns
-from ultraedit_kernels.model.request import EditRequest, LocalityTest, PortabilityTest, check_turn
-
-EDITS = Path(__file__).parents[1] / "fixtures" / "edits"
-CHAT = [{"role": "user", "content": "Who wrote The Tin Orchard?"}]
-
-
-def load_one(name: str) -> EditRequest:
-    (request,) = load_edits(EDITS / name)
-    return request
+from ultraedit_kernels.evaluation.loaders import load_edits, load_numbered, sift, split_turns
+from ultraedit_kernels.model.request import EditRequest, check_turn
 
 
 @given(
@@ -53,173 +46,6 @@ def test_split_turns_rejects_an_empty_size() -> None:
         list(split_turns([EditRequest("a", "b")], 0))
 
 
-# The layouts.
-
-
-def test_own_records() -> None:
-    first, second = load_edits(EDITS / "own.json")
-    assert first == EditRequest(
-        "The capital of Zedonia is",
-        "Marrow",
-        rephrases=("Zedonia's capital is called",),
-        locality=("The capital of Ruvalia is",),
-        test_rephrases=("The seat of Zedonia's government is",),
-        test_locality=(
-            LocalityTest("The currency of Zedonia is", "the zed"),
-            LocalityTest("The anthem of Zedonia is"),
-        ),
-        relation="capital",
-    )
-    assert second == EditRequest(CHAT, "Ada Quill")
-
-
-def test_jsonl() -> None:
-    expected = [
-        EditRequest("The capital of Zedonia is", "Marrow"),
-        EditRequest("The river of Marrow is", "the Lisp", relation="river"),
-    ]
-    assert load_edits(EDITS / "own.jsonl") == expected
-
-
-def test_zsre_alt_is_the_new_answer_and_empty_ones_are_left_out() -> None:
-    with pytest.warns(UserWarning, match=r"left out 1 of 2 records.*record 1"):
-        request = load_one("zsre_mend.json")
-    assert request == EditRequest(
-        "What is made by Tarn Motors?",
-        "kites",
-        test_rephrases=("What does Tarn Motors make?",),
-        test_locality=(LocalityTest("nq question: who painted the blue ladder", "Mina Holt"),),
-    )
-
-
-def test_zsre_ans() -> None:
-    request = load_one("zsre_ans.json")
-    assert (request.prompt, request.target) == ("Which country is Pell in?", "Ruvalia")
-    assert request.test_rephrases == ("Pell lies in which country?",)
-
-
-def test_counterfact_rome() -> None:
-    assert load_one("counterfact_rome.json") == EditRequest(
-        "Ola Fenn plays the",
-        "harp",
-        test_rephrases=(
-            "Shorter days came. Ola Fenn performs on the",
-            "Ola Fenn masters the",
-        ),
-        test_locality=(
-            LocalityTest("Bo Reed plays the", "drum"),
-            LocalityTest("Ina Sol is known for the", "drum"),
-        ),
-        relation="P1303",
-    )
-
-
-def test_counterfact_easyedit() -> None:
-    assert load_edits(EDITS / "counterfact_easyedit.json") == [
-        EditRequest(
-            "Ola Fenn plays the",
-            "harp",
-            test_rephrases=("Ola Fenn performs on the",),
-            test_locality=(LocalityTest("Bo Reed plays the", "drum"),),
-        ),
-        EditRequest("Bo Reed lives in", "Marrow"),
-    ]
-
-
-def test_knowedit() -> None:
-    assert load_one("knowedit.json") == EditRequest(
-        "The birthplace of Ola Fenn is",
-        "Marrow",
-        test_rephrases=("The birthplace of O. Fenn is",),
-        test_locality=(
-            LocalityTest("The mother of Ola Fenn is", "Una Fenn"),
-            LocalityTest("The employer of Ola Fenn is"),
-            LocalityTest("A former band of Ola Fenn is", "The Mills"),
-        ),
-        test_portability=(PortabilityTest("The country of birth of Ola Fenn is", "Zedonia"),),
-    )
-    assert load_one("knowedit_wikibio.json") == EditRequest(
-        "This is a passage about Ola Fenn. Ola Fenn plays the harp.",
-        "She was born in Marrow in 1954.",
-        test_locality=(LocalityTest("Bo Reed was born in", "Pell"),),
-    )
-
-
-def test_ultraeditbench() -> None:
-    assert load_one("ultraeditbench.json") == EditRequest(
-        "In which town was the Tin Orchard written?",
-        "Pell",
-        test_rephrases=("The Tin Orchard was written in which town?",),
-        test_locality=(LocalityTest("Which river runs through Marrow?", "the Lisp"),),
-    )
-
-
-def test_wikibigedit() -> None:
-    assert load_edits(EDITS / "wikibigedit.json") == [
-        EditRequest(
-            "Who is the chief executive of Tarn Motors?",
-            "Kit Lark",
-            test_rephrases=(
-                "Which person leads Tarn Motors?",
-                "Ahoy, who be at the helm o' Tarn Motors?",
-            ),
-            test_locality=(LocalityTest("Who founded the Long Bridge Company?", "Una Fenn"),),
-            test_portability=(
-                PortabilityTest("Where was the chief executive of Tarn Motors born?", "Pell"),
-            ),
-        ),
-        EditRequest(
-            "Who is the mayor of Pell?",
-            "Bo Reed",
-            test_rephrases=("Pell is governed by which mayor?",),
-        ),
-    ]
-
-
-def test_fever() -> None:
-    assert load_one("fever.json") == EditRequest(
-        "The Long Bridge is made of glass.",
-        "true",
-        test_rephrases=(
-            "Glass is what the Long Bridge is made of.",
-            "The Long Bridge is a glass bridge.",
-        ),
-        test_locality=(LocalityTest("Marrow lies on the Lisp.", "true"),),
-    )
-
-
-def test_mquake_gives_each_edit_once() -> None:
-    assert load_edits(EDITS / "mquake.json") == [
-        EditRequest(
-            "The author of The Tin Orchard is",
-            "Bo Reed",
-            test_rephrases=("Who wrote The Tin Orchard?",),
-            relation="P50",
-        ),
-        EditRequest(
-            "Bo Reed is a citizen of",
-            "Zedonia",
-            test_rephrases=("Of which country is Bo Reed a citizen?",),
-            relation="P27",
-        ),
-    ]
-
-
-@pytest.mark.parametrize("path", sorted(EDITS.glob("*.json")), ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore:.*left out")
-def test_a_layout_is_the_same_as_jsonl_and_published_sets_teach_no_test_question(
-    path: Path, tmp_path: Path
-) -> None:
-    requests = load_edits(path)
-    lines = tmp_path / "lines.txt"  # not even the suffix says that it is JSONL
-    lines.write_text("\n".join(map(json.dumps, json.loads(path.read_text()))) + "\n")
-    if len(json.loads(path.read_text())) > 1:
-        assert load_edits(lines) == requests
-    assert load_edits(lines.rename(tmp_path / "lines.jsonl")) == requests
-    if path.stem != "own":
-        assert all(r.rephrases == () and r.locality == () for r in requests)
-
-
 # Wrong files.
 
 GOOD = '{"prompt": "a", "target": "b"}'
@@ -230,13 +56,13 @@ GOOD = '{"prompt": "a", "target": "b"}'
     [
         ("e.json", "", "file is empty"),
         ("e.jsonl", " \n\n", "file is empty"),
-        ("e.json", "[]", "list is empty"),
+        ("e.json", "[]", "there are no records"),
         ("e.json", GOOD, "holds dict, expected a list"),
         ("e.json", '"text"', "holds str, expected a list"),
         ("e.json", f"[{GOOD}", "not JSON.*complete"),
         ("e.json", f'[{GOOD}, {{"prompt": "c", "tar', "not JSON.*complete"),
         ("e.json", "prompt,target\na,b", "not JSON"),
-        ("e.jsonl", f'{GOOD}\n{{"prompt": ', r"not JSON.*record 1 \(line 2\)"),
+        ("e.jsonl", f'{GOOD}\n{{"prompt": ', r"record 1 \(line 2\): not JSON"),
         ("e.jsonl", f"\n{GOOD}\n\n3\n", r"record 1 \(line 4\): got int, expected an object"),
         ("e.json", f"[{GOOD}, null]", "record 1: got null, expected an object"),
         ("e.json", f'[{GOOD}, {{"prompt": "c"}}]', "record 1: field 'target' is missing"),
@@ -244,14 +70,14 @@ GOOD = '{"prompt": "a", "target": "b"}'
         ("e.json", '[{"prompt": "c", "targt": "d"}]', "record 0: unknown field 'targt'.*'target'"),
         ("e.json", '[{"question": "c"}]', r"record 0: the fields \['question'\].*no known layout"),
         ("e.json", '[{"src": "c", "rephrase": "d"}]', "record 0: field 'alt' or 'ans' is missing"),
-        ("e.json", '[{"src": "c", "ans": 4}]', "record 0: field 'ans' is int"),
+        ("e.json", '[{"src": "c", "ans": true}]', "record 0: field 'ans' is bool"),
         ("e.json", '[{"src": "", "ans": "d"}]', "record 0: prompt is empty"),
-        ("e.json", '[{"src": "c", "alt": ""}]', "no record has a new answer"),
+        ("e.json", '[{"src": "c", "alt": ""}]', "the new answer is empty"),
         ("e.json", '[{"update": "c", "ans": "d", "loc": 4}]', "field 'loc' is int"),
         ("e.json", '[{"requested_rewrite": {"prompt": "{}"}}]', "field 'subject' is missing"),
         ("e.json", '[{"requested_rewrite": [7]}]', "field 'prompt' is missing"),
-        ("e.json", '[{"requested_rewrite": []}]', "no record has a new answer"),
-        ("e.json", '[{"prompt": "c", "target_new": "d", "locality": [1]}]', "'locality' is list"),
+        ("e.json", '[{"requested_rewrite": []}]', "the new answer is empty"),
+        ("e.json", '[{"prompt": "c", "target_new": "d", "locality": [1]}]', "'locality' holds int"),
         ("e.json", '[{"prompt": "\\ud800", "target": "d"}]', "lone surrogate"),
     ],
 )
@@ -259,7 +85,7 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, content: str, words: s
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(ValueError, match=words) as caught:
-        load_edits(path)
+        load_edits(path, strict=True)
     assert str(path) in str(caught.value)
     assert "expected" in str(caught.value)
 
@@ -276,3 +102,65 @@ def test_wrong_encoding_and_byte_order_mark(tmp_path: Path) -> None:
 def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load_edits(tmp_path / "none.json")
+
+
+# Bad records among good ones.
+
+BAD = [
+    ("e.json", f'[{GOOD}, null, {GOOD}]', "(record 1): got null"),
+    ("e.json", f'[{{"prompt": "a"}}, {GOOD}, {GOOD}]', "(record 0): field 'target' is missing"),
+    ("e.json", f'[{{"q": "a"}}, {GOOD}, {GOOD}]', "(record 0): the fields ['q'] are of no known"),
+    ("e.jsonl", f'{GOOD}\n{{"prompt": \n{GOOD}\n', "(record 1 (line 2)): not JSON"),
+    ("e.ndjson", f'{GOOD}\n[]\n\n{GOOD}\n', "(record 1 (line 2)): got list, expected an object"),
+    ("e.csv", "prompt,target\na,b\nc,\na,b\n", "(record 1 (line 3)): target is null"),
+    ("e.csv", "prompt,target\na,b\na,b,c\na,b\n", "(record 1 (line 3)): 3 cells, expected"),
+    ("e.tsv", 'prompt\ttarget\n"a\tb\na\tb\na\tb', "(record 0 (line 2)): no row of a table"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BAD)
+def test_a_bad_record_is_named_and_left_out(
+    tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    (path := tmp_path / name).write_text(content)
+    with pytest.warns(UserWarning) as caught:
+        assert load_edits(path) == [EditRequest("a", "b")] * 2
+    (warning,) = caught
+    assert str(warning.message).startswith(f"{path}: left out 1 of 3 records {words}")
+    with pytest.raises(ValueError, match="expected") as stopped:
+        load_edits(path, strict=True)
+    where, reason = words[1:].split("): ", 1)
+    assert str(stopped.value).startswith(f"{path}, {where}: {reason}")
+
+
+def test_bytes_that_are_no_text_cost_their_record_only(tmp_path: Path) -> None:
+    path = tmp_path / "e.csv"
+    path.write_bytes("prompt,target\na,b\nZürich,b\na,b\n".encode("cp1252"))
+    with pytest.warns(UserWarning, match=r"record 1 \(line 3\)\): prompt has .*not UTF-8"):
+        assert load_edits(path) == [EditRequest("a", "b")] * 2
+
+
+def test_records_are_numbered_as_in_the_file(tmp_path: Path) -> None:
+    (path := tmp_path / "e.json").write_text(f'[{GOOD}, null, {{"prompt": "c", "target": "d"}}]')
+    with pytest.warns(UserWarning, match="left out 1 of 3"):
+        numbered = load_numbered(path)
+    assert numbered == [("record 0", EditRequest("a", "b")), ("record 2", EditRequest("c", "d"))]
+
+
+def test_one_warning_for_a_reason() -> None:
+    def use(number: int) -> list[int]:
+        if number % 2:
+            raise ValueError("odd" if number < 5 else "odd and large")
+        return [number]
+
+    records = [(f"record {i}", i) for i in range(8)]
+    with pytest.warns(UserWarning) as caught:
+        assert [n for _, n in sift("f", records, use)] == [0, 2, 4, 6]
+    assert [str(warning.message) for warning in caught] == [
+        "f: left out 2 of 8 records (record 1, record 3): odd",
+        "f: left out 2 of 8 records (record 5, record 7): odd and large",
+    ]
+    with pytest.raises(ValueError, match=r"^f, record 1: odd$"):
+        sift("f", records, use, strict=True)
+    with pytest.raises(ValueError, match=r"^f, record 1: odd \(nor can the other 2 records"):
+        sift("f", records[1::2][:3], use)

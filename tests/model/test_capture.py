@@ -33,6 +33,8 @@ FAMILIES = {
                "model.layers.{}.", GATED),
     "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64,
                             "rotary_dim": 4}, "transformer.h.{}.", ("mlp.fc_in", "mlp.fc_out")),
+    "gpt2": ("GPT2Config", {"n_inner": 56}, "transformer.h.{}.",
+             ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
 }  # fmt: skip
 # mixed lengths: a prompt of one token (no prefix), long and short prompts, targets of 1 to 6 tokens
 LENGTHS = [(1, 3), (13, 1), (7, 6), (2, 2), (20, 4)]

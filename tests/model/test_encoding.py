@@ -53,6 +53,17 @@ def test_messages_without_a_template_are_refused(
         encode_prompt(tokenizer, CHAT)
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no system') }}", "{{ messages[0].content + 1 }}", "{% if %}"]
+)
+def test_messages_that_the_template_refuses_are_a_value_error(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match=r"chat template refuses the messages: .+, expected"):
+        encode_prompt(tokenizer, CHAT)
+
+
 def test_padding_is_on_the_right_and_masked() -> None:
     ids, mask = pad_right([[5, 6, 7], [8]], torch.device("cpu"))
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]

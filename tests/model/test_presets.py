@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GPT2Config,
     PreTrainedConfig,
 )
 
@@ -205,12 +204,22 @@ def test_bad_names(llama: nn.Module, modules: list[str], kind: type, words: str)
         resolve_modules(llama, llama.config, modules)
 
 
-def test_conv1d_is_refused() -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=4, n_embd=96, vocab_size=256))
-    for modules in ("auto", ["transformer.h.3.mlp.c_proj"]):
-        with pytest.raises(ValueError, match=r"is a Conv1D, expected an nn\.Linear.*transposed"):
-            resolve_modules(model, model.config, modules)
+def test_a_conv1d_is_a_linear_module() -> None:
+    def gpt2(layers: int) -> nn.Module:
+        return build("gpt2", n_layer=layers, n_embd=96, vocab_size=256)
+
+    c_proj = "transformer.h.{}.mlp.c_proj"
+    model = gpt2(4)
+    assert resolve_modules(model, model.config, "auto") == names(c_proj, range(4))
+    deep = gpt2(48)  # as GPT2-XL
+    assert resolve_modules(deep, deep.config, "auto") == names(c_proj, range(5, 14))
+    assert resolve_modules(deep, deep.config, "published") == names(c_proj, range(36, 48))
+    others = ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"]
+    assert resolve_modules(model, model.config, others) == others
+    with pytest.raises(ValueError, match=r"is a GPT2MLP.*'transformer\.h\.0\.mlp\.c_fc'"):
+        resolve_modules(model, model.config, ["transformer.h.0.mlp"])
+    with pytest.raises(ValueError, match=r"closest are 'transformer\.h\.0\.mlp\.c_proj'"):
+        resolve_modules(model, model.config, ["transformer.h.0.mlp.cproj"])
 
 
 class Wrapped(nn.Module):

@@ -15,6 +15,7 @@ from ultraedit_kernels.cli.options import (
     Limit,
     Model,
     Published,
+    Strict,
     TurnSize,
     editor_settings,
 )
@@ -39,6 +40,7 @@ def edit(
     ] = None,
     turn_size: TurnSize = None,
     limit: Limit = None,
+    strict: Strict = False,
     published: Published = False,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -61,7 +63,7 @@ def edit(
                 f"{delta} would lie beside the checkpoint's weights, where servers take it for "
                 "one of them; write the delta elsewhere"
             )
-    job = load(model, edits, limit, dtype, device, settings)
+    job = load(model, edits, limit, strict, dtype, device, settings)
     out.mkdir(parents=True, exist_ok=True)
 
     made = make(job, turn_size)

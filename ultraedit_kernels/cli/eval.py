@@ -18,6 +18,7 @@ from ultraedit_kernels._version import __version__
 from ultraedit_kernels.cli.job import (
     Job,
     Made,
+    check_edits,
     check_folder,
     load,
     make,
@@ -31,6 +32,7 @@ from ultraedit_kernels.cli.options import (
     Limit,
     Model,
     Published,
+    Strict,
     TurnSize,
     editor_settings,
 )
@@ -53,6 +55,7 @@ def evaluate(
     ] = None,
     turn_size: TurnSize = None,
     limit: Limit = None,
+    strict: Strict = False,
     published: Published = False,
     baselines: Annotated[
         bool,
@@ -85,11 +88,11 @@ def evaluate(
                 "a server is scored as it is; leave out the options of editing",
                 param_hint="--server",
             )
-        _evaluate_server(model, edits, limit, server, json_file)
+        _evaluate_server(model, edits, limit, strict, server, json_file)
         return
     if baselines and find_spec("peft") is None:
         raise ValueError("--baselines needs peft; pip install 'ultraedit-kernels[bench]'")
-    job = load(model, edits, limit, dtype, device, settings)
+    job = load(model, edits, limit, strict, dtype, device, settings)
     _write_scores(_evaluate(job, turn_size, baselines), json_file, print_scores)
 
 
@@ -186,7 +189,7 @@ def _compare(
 
 
 def _evaluate_server(
-    model: str, edits: Path, limit: int | None, url: str, json_file: str | None
+    model: str, edits: Path, limit: int | None, strict: bool, url: str, json_file: str | None
 ) -> None:
     import transformers
 
@@ -194,7 +197,7 @@ def _evaluate_server(
     from ultraedit_kernels.evaluation.answers import ServedModel
     from ultraedit_kernels.model.gguf import is_gguf, load_gguf_tokenizer
 
-    requests = read_edits(edits, limit)
+    numbered = read_edits(edits, limit, strict)
     served = ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
     try:
         if is_gguf(model):
@@ -203,6 +206,8 @@ def _evaluate_server(
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
+    numbered = check_edits(edits, numbered, tokenizer, None, strict)
+    requests = [request for _, request in numbered]
     with progress() as bar:
         shown = show_task(bar, f"asking {served.name}")
         scores = metrics.evaluate(served, tokenizer, requests, progress=shown)

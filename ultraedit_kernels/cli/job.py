@@ -30,6 +30,8 @@ class Job:
     model: Any
     tokenizer: Any
     requests: list[EditRequest]
+    places: list[str]
+    """Of each request, the record of the file that it is from."""
     editor: Editor
     settings: dict[str, Any]
     """As given to the Editor."""
@@ -70,6 +72,7 @@ def load(
     name: str,
     edits_file: Path,
     limit: int | None,
+    strict: bool,
     dtype: str,
     device: str | None,
     settings: dict[str, Any],
@@ -87,7 +90,7 @@ def load(
             f"{dtype!r}, expected auto, float32, bfloat16 or float16", param_hint="--dtype"
         )
     place = _device(device)
-    requests = read_edits(edits_file, limit)
+    numbered = read_edits(edits_file, limit, strict)
     local = Path(name).expanduser()
     if not (local.is_dir() or is_gguf(local)) and (
         name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -113,19 +116,57 @@ def load(
     if edited_before:
         ERR.print(f"continuing the stream of {stream}", soft_wrap=True)
     editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
-    return Job(name, edits_file, model, tokenizer, requests, editor, settings, place)
+    numbered = check_edits(edits_file, numbered, tokenizer, editor, strict)
+    places, requests = [list(column) for column in zip(*numbered, strict=True)]
+    return Job(name, edits_file, model, tokenizer, requests, places, editor, settings, place)
 
 
-def read_edits(file: Path, limit: int | None) -> list[EditRequest]:
-    """The first `limit` edits of the file; what it leaves out is a warning."""
-    from ultraedit_kernels.evaluation.loaders import load_edits
+def read_edits(file: Path, limit: int | None, strict: bool) -> list[tuple[str, EditRequest]]:
+    """The first `limit` edits of the file, each with its record; what it leaves out is a warning,
+    or an error if strict."""
+    from ultraedit_kernels.evaluation.loaders import load_numbered
 
+    with _shown_warnings():
+        return load_numbered(file, strict)[:limit]
+
+
+def check_edits(
+    file: Path,
+    numbered: list[tuple[str, EditRequest]],
+    tokenizer: Any,
+    editor: Editor | None,
+    strict: bool,
+) -> list[tuple[str, EditRequest]]:
+    """The edits that the model can read: the chat template takes their messages, and the editor,
+    if there is one, their length. What is left out is a warning, or an error if strict."""
+    from ultraedit_kernels.evaluation.loaders import sift
+    from ultraedit_kernels.model.encoding import encode_prompt
+
+    def check(request: EditRequest) -> list[EditRequest]:
+        asked = [test.prompt for test in request.test_locality]
+        for prompt in (
+            *(request.prompt, *request.rephrases),
+            *(*request.locality, *request.test_rephrases, *asked),
+        ):
+            encode_prompt(tokenizer, prompt)
+        if editor is not None:
+            editor.check([request])
+        return [request]
+
+    with _shown_warnings():
+        return sift(file, numbered, check, strict)
+
+
+@contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """Print the warnings that come inside, as the commands print theirs."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        requests = load_edits(file)[:limit]
-    for warning in caught:
-        ERR.print(f"warning: {warning.message}", soft_wrap=True)
-    return requests
+        try:
+            yield
+        finally:
+            for warning in caught:
+                ERR.print(f"warning: {warning.message}", soft_wrap=True)
 
 
 def _device(name: str | None) -> torch.device:
@@ -154,9 +195,6 @@ def make(job: Job, turn_size: int | None) -> Made:
 
     size = turn_size or PAPER_TURN_SIZE
     parts = list(split_turns(job.requests, size))
-    for number, part in enumerate(parts, start=1):  # before any work is done
-        with _names_turn(job, number, part):
-            job.editor.check(part)
     turns: list[TurnResult] = []
     done = held = 0
     begun = time.perf_counter()
@@ -185,6 +223,6 @@ def _names_turn(job: Job, number: int, part: list[EditRequest]) -> Iterator[None
     except ValueError as error:
         first = next(i for i, request in enumerate(job.requests) if request is part[0])
         raise ValueError(
-            f"turn {number}, records {first} to {first + len(part) - 1} of {job.edits_file}: "
-            f"{error}"
+            f"turn {number}, {job.places[first]} to {job.places[first + len(part) - 1]} of "
+            f"{job.edits_file}: {error}"
         ) from error

@@ -22,7 +22,14 @@ Edits = Annotated[
     Path,
     typer.Argument(
         metavar="EDITS",
-        help="JSON or JSONL: our own records (prompt, target, ...) or a published edit set.",
+        help="JSON, JSONL, CSV, TSV, Parquet or a data set of the hub: our own records (prompt, "
+        "target, ...) or a published edit set.",
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict", help="Stop at a record that cannot be used, rather than leave it out."
     ),
 ]
 TurnSize = Annotated[

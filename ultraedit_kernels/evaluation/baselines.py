@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from ultraedit_kernels.editor import Editor
 from ultraedit_kernels.model.capture import evaluation_mode
 from ultraedit_kernels.model.encoding import Sequence, encode, pad_right
+from ultraedit_kernels.model.parallel import weight_of
 from ultraedit_kernels.model.presets import PAPER
 from ultraedit_kernels.model.request import EditRequest
 
@@ -132,7 +133,7 @@ BASELINES: dict[str, Callable[..., None]] = {
 def rates(baseline: str, model: nn.Module, modules: Seq[str]) -> list[float]:
     """The learning rates that are tried."""
     if baseline == "published":  # its best step shrinks with the width; the first is the paper's
-        d_in = max(model.get_parameter(f"{name}.weight").shape[1] for name in modules)
+        d_in = max(weight_of(model.get_submodule(name)).shape[1] for name in modules)
         return [product / d_in for product in (0.0143, 0.1, 0.2, 0.4, 0.6, 0.8, 1.2, 1.6)]
     if baseline == "LocFT-BF":
         return [5e-4]  # its authors', for every model

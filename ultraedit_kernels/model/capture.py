@@ -97,7 +97,7 @@ def capture(
         model: a Hugging Face causal language model. Left as found: no hooks, same flags.
         sequences: prompts and targets as token ids, mixed lengths, each with at least one token.
             Rows are read at their places, or at the answer positions of those that name none.
-        modules: dotted names of `nn.Linear` modules. If they are divided among ranks, all ranks
+        modules: dotted names of linear modules. If they are divided among ranks, all ranks
             call this with the same arguments, and all get the same whole keys and gradients.
         backward: also compute the gradients.
         margin: logits by which the target token must lead, one number or one per sequence. It is

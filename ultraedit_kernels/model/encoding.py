@@ -31,7 +31,7 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: text with a completion's special tokens, messages by chat template.
 
     Raises:
-        ValueError: messages, but the tokenizer has no chat template.
+        ValueError: messages, but the tokenizer has no chat template, or it refuses them.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -112,7 +112,15 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> s
             "prompt is a list of chat messages but the tokenizer has no chat template; "
             "pass the prompt as text, or set tokenizer.chat_template"
         )
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except ImportError:  # of jinja2
+        raise
+    except Exception as error:  # a template is a program, which raises what it likes
+        raise ValueError(
+            f"the model's chat template refuses the messages: {error}, expected messages that it "
+            "takes; leave out a role that it does not know, such as system"
+        ) from error
     return text
 
 

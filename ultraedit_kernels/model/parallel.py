@@ -222,9 +222,22 @@ def together(model: nn.Module) -> AbstractContextManager[None]:
     return nullcontext() if ranks is None else ranks.together()
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weight as [d_in, d_out], as GPT-2's linear layers do, which are
+    transformers' Conv1D."""
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a weight that `weight_of` gives."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
 def weight_of(module: Any) -> Any:
-    """The weight of a linear module: a tensor, or a `ShardedWeight`."""
+    """The weight [d_out, d_in] of a linear module: a tensor, or a `ShardedWeight`. It is the
+    module's own memory, transposed where the module keeps it so."""
     shard, weight = shard_of(module), module.weight.data
+    weight = weight.t() if is_transposed(module) else weight
     return weight if shard is None else ShardedWeight(weight, shard)
 
 

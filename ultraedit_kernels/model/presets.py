@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ultraedit_kernels.model.parallel import is_linear, weight_of
 from ultraedit_kernels.ops.checks import FEATURE_DTYPES
 
 PAPER: dict[str, Any] = {
@@ -103,7 +104,7 @@ OUTPUT_PROJECTIONS = (
     "mlp.down_proj",  # Llama, Mistral, Qwen, Gemma, Phi-3, OLMo, Granite, ...
     "mlp.fc_out",  # GPT-J, CodeGen
     "mlp.dense_4h_to_h",  # GPT-NeoX, Falcon, BLOOM
-    "mlp.c_proj",  # StarCoder, GPT-Neo; a Conv1D in GPT-2
+    "mlp.c_proj",  # GPT-2, StarCoder, GPT-Neo
     "mlp.fc2",  # Phi-1, Phi-2
     "feed_forward.down_proj",
     "feed_forward.w2",
@@ -167,8 +168,8 @@ def resolve_modules(
         modules: "auto" or "published" for `default_modules`, or dotted module names.
 
     Raises:
-        ValueError: an empty list, a name twice, an unknown name, a module that is no `nn.Linear`,
-            or one whose weight is quantised or shared with another module.
+        ValueError: an empty list, a name twice, an unknown name, a module that is no linear
+            one, or one whose weight is quantised or shared with another module.
         TypeError: `modules` is neither "auto" nor a list of names.
     """
     if isinstance(modules, str):
@@ -196,7 +197,7 @@ def resolve_modules(
         if name not in known:
             raise ValueError(
                 f"the model has no module {name!r}, expected a name from model.named_modules(); "
-                + _suggestion(name, [n for n, m in known.items() if isinstance(m, nn.Linear)])
+                + _suggestion(name, [n for n, m in known.items() if is_linear(m)])
             )
         _check_editable(name, known[name])
         _check_unshared(model, name, known[name].weight)
@@ -238,27 +239,19 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
 
 def _check_editable(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         if hasattr(module, "base_layer"):
             remedy = f"name {name + '.base_layer'!r}, the layer inside the adapter"
-        elif kind == "Conv1D":
-            remedy = (
-                "GPT-2's Conv1D keeps its weight transposed, which is not supported: "
-                "choose another model"
-            )
         else:
-            inside = [n for n, m in module.named_modules(prefix=name) if isinstance(m, nn.Linear)]
+            inside = [n for n, m in module.named_modules(prefix=name) if is_linear(m)]
             remedy = f"name a linear module{', such as ' + repr(inside[0]) if inside else ''}"
         raise ValueError(f"module {name!r} is a {kind}, expected an nn.Linear; {remedy}")
-    weight = module.weight
-    if weight.dtype not in FEATURE_DTYPES or weight.shape != (
-        module.out_features,
-        module.in_features,
-    ):
+    weight, shape = weight_of(module), _linear_shape(module)
+    if weight.dtype not in FEATURE_DTYPES or weight.shape != shape:
         raise ValueError(
             f"module {name!r} ({kind}) has a weight of {weight.dtype} and shape "
             f"{tuple(weight.shape)}, expected float64, float32, bfloat16 or float16 and "
-            f"{(module.out_features, module.in_features)}; load the model without quantisation"
+            f"{shape}; load the model without quantisation"
         )
 
 

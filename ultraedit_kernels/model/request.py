@@ -161,7 +161,8 @@ def check_text(value: object, field: str, what: str) -> str:
 
     Raises:
         TypeError: no text.
-        ValueError: empty, only white space, or half of a surrogate pair in it.
+        ValueError: empty, only white space, or half of a surrogate pair in it, which may stand for
+            a byte of a file that is not UTF-8.
     """
     if not isinstance(value, str):
         raise TypeError(f"{field} is {kind_of(value)}, expected text: {what}; write it as a string")
@@ -172,8 +173,8 @@ def check_text(value: object, field: str, what: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{field} has a lone surrogate at character {error.start}, expected Unicode text; "
-            "remove the broken character"
+            f"{field} has a lone surrogate, or a byte that is not UTF-8, at character "
+            f"{error.start}, expected Unicode text; remove the broken character"
         ) from None
     return value
 

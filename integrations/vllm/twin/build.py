@@ -30,6 +30,7 @@ from ultraedit_kernels.integrations.vllm.twin.refuse import (
 from ultraedit_kernels.model.parallel import (
     Ranks,
     Shard,
+    is_transposed,
     shard_embedding,
     shard_head,
     shard_linear,
@@ -157,7 +158,7 @@ def build_twin(
             module = model.get_submodule(name)
             live[name] = weight_of(module)
             dim = None if (shard := shard_of(module)) is None else shard.dim
-            check_editable(name, module.weight, dim, whole, layers[storage(module.weight)], size)
+            check_editable(name, live[name], dim, whole, layers[storage(module.weight)], size)
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         return Twin(model, live)
 
@@ -188,14 +189,14 @@ def build_weights(
         alone.config, alone.ranks = whole.config, ranks
         live = {}
         for name in names:
-            original = whole.get_submodule(name).weight
+            original = weight_of(whole.get_submodule(name))
             owners = tuple(rank for rank, (theirs, _) in enumerate(told) if name in theirs)
             if not owners:
                 raise UnsupportedModelError(
                     f"{type(core).__name__} keeps {name}.weight {list(original.shape)} under "
                     "another name or in another shape; this architecture is not supported"
                 )
-            view, dim = locate(f"{name}.weight"), told[owners[0]][0][name]
+            view, dim = _view(whole, name, locate), told[owners[0]][0][name]
             if view is None:  # another pipeline stage has it
                 shape = [0 if i == dim else n for i, n in enumerate(original.shape)]
                 view = next(core.parameters()).new_empty(shape, dtype=original.dtype)
@@ -234,7 +235,7 @@ def _held(
         check_weights(sources)
         served, held = layers_by_storage(core), {}
         for name in names:
-            if (view := locate(f"{name}.weight")) is not None:
+            if (view := _view(whole, name, locate)) is not None:
                 layers = served[storage(view)]
                 dim = int(isinstance(list(layers.values())[-1], RowParallelLinear))
                 check_editable(name, view, dim, whole, layers, size)
@@ -242,6 +243,12 @@ def _held(
     except UnsupportedModelError as error:
         return {}, str(error)
     return held, ""
+
+
+def _view(whole: Any, name: str, locate: Callable[[str], Tensor | None]) -> Tensor | None:
+    """The weight [d_out, d_in] of a module in vLLM's storage, if it is there."""
+    view = locate(f"{name}.weight")
+    return view.t() if view is not None and is_transposed(whole.get_submodule(name)) else view
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> None:

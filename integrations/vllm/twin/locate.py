@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ultraedit_kernels.integrations.vllm.twin.refuse import UnsupportedModelError
+from ultraedit_kernels.model.parallel import is_transposed
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -60,9 +61,13 @@ def locator(
     merged = merged_modules(core)
 
     def locate(name: str) -> Tensor | None:
-        """View of the rows of vLLM's storage that hold parameter `name`."""
+        """View of the part of vLLM's storage that holds parameter `name`, of that one's shape."""
         served, shape = rename(name) or name, shapes[name]
         owner = model.get_submodule(name.rpartition(".")[0])
+        # vLLM's linear layers hold [d_out, d_in], and Conv1D the transpose of that.
+        transposed = is_transposed(owner) and name.endswith(".weight")
+        if transposed:
+            shape = shape[::-1]
         if size > 1 and owner in (embedding, head):
             rows = sources.get(served, torch.empty(0))
             fits = len(rows) * size >= shape[0] and rows.shape[1:] == shape[1:]
@@ -77,14 +82,13 @@ def locator(
             tensor = sources.get(".".join([*path, whole, leaf]), torch.empty(0))
             prefix = name.removesuffix(f"{part}.{leaf}")
             sizes = [shapes.get(f"{prefix}{p}.{leaf}", (0,))[0] for p in parts]
-            if not sizes or not all(sizes):
+            if not sizes or not all(sizes) or transposed:
                 return None
             first, total = sum(sizes[: parts.index(part)]), sum(sizes)
-        fits = tensor.shape[0] == total and total >= shape[0] and tensor.shape[1:] == shape[1:]
-        # Conv1D holds the transpose of what vLLM holds, which a square matrix would not show.
-        if not fits or type(owner).__name__ == "Conv1D":
+        if tensor.shape[0] != total or total < shape[0] or tensor.shape[1:] != shape[1:]:
             return None
-        return tensor.narrow(0, first, shape[0])
+        view = tensor.narrow(0, first, shape[0])
+        return view.t() if transposed else view
 
     return locate
 

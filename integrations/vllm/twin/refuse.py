@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch._inductor.config
 from torch import Tensor, nn
 
+from ultraedit_kernels.model.parallel import weight_of
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -114,8 +116,8 @@ def check_editable(
     shape = [n * size if i == dim else n for i, n in enumerate(view.shape)]
     if original is whole.get_output_embeddings():
         reason = "the output head is divided by the vocabulary"
-    elif shape != list(original.weight.shape):
-        reason = f"the ranks' parts make {shape} of its {list(original.weight.shape)}"
+    elif shape != list(weight_of(original).shape):
+        reason = f"the ranks' parts make {shape} of its {list(weight_of(original).shape)}"
     elif (
         dim == 0 and len(layer.output_partition_sizes) > 1 and layer.weight.numel() == view.numel()
     ):

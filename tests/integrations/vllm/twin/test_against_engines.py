@@ -86,6 +86,7 @@ FAMILIES = [
     "olmo2",
     "phi",
     "falcon",
+    "gpt2",
 ]
 VARIANTS = ["llama-bfloat16", "llama-lora"]
 
@@ -105,7 +106,6 @@ def results(
     cases["llama-bfloat16"] = llama | {"options": {"dtype": "bfloat16"}, "wrong": True}
     cases["llama-lora"] = llama | {"options": {"enable_lora": True, "max_lora_rank": 8}}
     cases["llama-packed"] = llama | {"packed": True}
-    cases["gpt2"]["refused"] = True
     cases["llama-logits"] = llama | {"options": {"logprobs_mode": "raw_logits"}}
     for name in ("llama-logits", "falcon-reordered"):
         cases[name]["check_only"] = True
@@ -179,7 +179,6 @@ def test_publish_reaches_the_engine_at_once(results: Any, family: str) -> None:
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("gpt2", "in shapes that GPT2LMHeadModel does not have: transformer.h.0.attn.c_attn"),
         ("llama-packed", "packed the weight for the CPU .* `ultraedit serve`"),
     ],
 )

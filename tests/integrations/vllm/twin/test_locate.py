@@ -82,14 +82,22 @@ def test_a_name_that_is_not_served_is_not_found(llama: Any, served: Any) -> None
     assert locate("model.layers.0.self_attn.k_proj.weight") is not None
 
 
-def test_a_square_conv1d_is_not_taken_for_its_transpose(tiny_sizes: dict[str, Any]) -> None:
+def test_a_conv1d_is_the_transpose_of_what_is_served() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model: Any = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=330))
-    sources = {name: p.data for name, p in model.named_parameters()}
+    layers = ("c_attn.weight", "c_fc.weight", "c_proj.weight")  # one of them is square
+    sources = {
+        name: p.data.T.contiguous() if name.endswith(layers) else p.data
+        for name, p in model.named_parameters()
+    }
     locate = locator(model, model, sources, 1)
-    assert locate("transformer.h.0.attn.c_proj.weight") is None
-    assert locate("transformer.h.0.ln_1.weight") is not None
+    for name, parameter in model.named_parameters():
+        view = locate(name)
+        assert view is not None and torch.equal(view, parameter), name
+        assert view.data_ptr() == sources[name].data_ptr()
+    sources["transformer.h.0.mlp.c_fc.weight"] = model.transformer.h[0].mlp.c_fc.weight
+    assert locate("transformer.h.0.mlp.c_fc.weight") is None  # served as it is in the file
 
 
 def test_names_are_mapped_as_vllm_maps_them(llama: Any, served: Any) -> None:
