@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.method.small import MODULES, prompts, random_model, run
 from ultraedit_kernels.method.goals import (
     LEAST_MARGIN,
     PATIENCE,
@@ -98,3 +99,31 @@ def test_rephrases_lower_the_margin_that_is_asked_for():
     assert wanted_margin(4.2, 2) == 2.1
     assert wanted_margin(4.2, 100) == LEAST_MARGIN
     assert wanted_margin(0.5, 100) == 0.5  # less is asked of all
+
+
+def test_contexts_are_named_as_their_edit_and_repairs_for_themselves():
+    goals = Goals(SEQUENCES[:2], [0, 1], 4.0, {1: [SEQUENCES[2], SEQUENCES[3]]})
+    goals.repair([0], watch(texts=0, edits=1))
+    found = seen(goals, [[1.0], [2], [3], [4], [5]], goal_of=[[0, 1, 2, 2, 3]])
+    assert goals.named(found.positions).goal.tolist() == [0, 1, 1, 1, 3]
+
+
+def test_goals_that_were_not_run_keep_what_was_known_of_them():
+    model = random_model()
+    placed = [Sequence(ids, [5, 6], places=(1,)) for ids in prompts(3, seed=1)]
+    goals = Goals(placed, [0, 1, 2], 4.0)
+
+    def last(work):
+        return run(work)[1]
+
+    first = last(goals.capture(model, MODULES, 2))
+    assert not first.stale.any() and goals.rest
+    which = torch.tensor([True, False, False])
+    again = last(goals.capture(model, MODULES, 2, first.aged(), which))
+    assert again.stale.tolist() == [False, True, True]
+    assert torch.allclose(again.margin, first.margin, atol=1e-5)
+    assert len(again.fresh) == 1 and len(again.keys()[MODULES[0]]) == 3
+    review = last(goals.review(model, MODULES, 2, again))
+    assert not review.stale.any()
+    # What does not hold was captured with gradients, after the look without.
+    assert all(batch.captured.grads for batch in review.batches)

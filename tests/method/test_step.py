@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from ultraedit_kernels.method.step import (
     enlarged,
     free_values,
     sized,
+    tied,
 )
 from ultraedit_kernels.ops.operations import update_statistics
 from ultraedit_kernels.ops.statistics import Statistics
@@ -25,6 +28,11 @@ MODULES = ("a", "b")
 
 def rows(n: int, width: int, seed: int) -> Tensor:
     return torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def far() -> dict[str, Tensor]:
+    """No limit to how far outputs move."""
+    return {name: torch.full((5,), torch.inf, dtype=torch.float64) for name in MODULES}
 
 
 @pytest.fixture
@@ -128,7 +136,7 @@ def test_enlarged_values_gain_after_the_ridge_what_was_asked(at, keys, grads, sh
         change = {n: systems[n].solve(v.double()).T @ systems[n].keys for n, v in values.items()}
         return {n: keys[n] @ change[n].T for n in values}
 
-    found = enlarged(values, grads, systems, ridge, at)
+    found = enlarged(values, grads, systems, ridge, at, far())
     asked, got = at.gain(values, grads), at.gain(moved(values), grads)
     assert (got < asked).all() and (got > 0).all()
     for name in MODULES:
@@ -138,9 +146,27 @@ def test_enlarged_values_gain_after_the_ridge_what_was_asked(at, keys, grads, sh
 def test_enlarging_ends(at, keys, grads):
     values = {name: -g for name, g in grads.items()}
     systems = {name: System(keys[name], 1e6, none(D_IN)[name]) for name in MODULES}
-    found = enlarged(values, grads, systems, 1e6, at)
+    found = enlarged(values, grads, systems, 1e6, at, far())
     for name in MODULES:
         assert torch.allclose(found[name], MAX_GAIN * values[name])
+
+
+def test_no_output_moves_beyond_reach_and_one_goal_holds_back_no_other(at, keys, grads):
+    values = {name: -g for name, g in grads.items()}
+    systems = {name: System(keys[name], 1e-9, none(D_IN)[name]) for name in MODULES}
+    reach = far()
+    reach["a"][3] = 0.1 * values["a"][3].norm()
+    found = enlarged(values, grads, systems, 1e-9, at, reach)
+    for name in MODULES:
+        assert torch.allclose(found[name][:3], values[name][:3], rtol=1e-4)
+        assert torch.allclose(found[name][3:], 0.1 * values[name][3:], rtol=1e-4)
+
+
+def test_positions_of_one_name_share_the_mean_of_those_that_step(at):
+    values = {"a": torch.tensor([[1.0, 2], [3, 4], [0, 0], [5, 6], [7, 8]])}
+    steps = torch.tensor([True, True, False, True, True])[:, None]
+    names = replace(at, goal=torch.tensor([0, 0, 0, 1, 2]))
+    assert tied(values, steps, names)["a"].tolist() == [[2, 3], [2, 3], [2, 3], [5, 6], [7, 8]]
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0, 4.0])

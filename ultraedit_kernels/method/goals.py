@@ -186,6 +186,7 @@ class Goals:
         self.edits = [Goal(wanted_margin(margin, phrasings)) for phrasings in counts]
         self.contexts: list[Goal] = []
         self.repairs: list[Goal] = []
+        self._context_of = list(contexts or {})
         for texts in (contexts or {}).values():
             self.sequences += texts
             self._goal_of += [len(self.all)] * len(texts)
@@ -204,6 +205,13 @@ class Goals:
             # An edit that broke once is as likely to break again as its lead is short.
             wanted = SURE if i < watch.own else self._margin
             self.repairs.append(Goal(wanted, repairs=i, patience=PATIENCE))
+
+    def named(self, at: Positions) -> Positions:
+        """The positions, each of the edit whose name it is: a context's of its edit, a repair's of
+        itself."""
+        owner = [*range(len(self.edits)), *self._context_of]
+        owner += range(len(owner), len(self.all))
+        return replace(at, goal=torch.tensor(owner, device=at.goal.device)[at.goal])
 
     @property
     def rest(self) -> bool:

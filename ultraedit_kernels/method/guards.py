@@ -164,7 +164,7 @@ def check_lost(lost: float, before: float, limit: float) -> None:
             "max_lost",
             lost - before,
             limit,
-            f"the model goes on otherwise in {lost - before:.0%} more of {OWN_TEXTS} texts of its "
+            f"the model goes on otherwise in {lost - before:.0%} more of the texts of its "
             f"own, the limit (max_lost) is {limit:.0%}; make fewer edits at once, or with other "
             "prompts",
         )

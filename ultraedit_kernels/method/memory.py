@@ -30,6 +30,7 @@ from ultraedit_kernels.method.change import Turn
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import (
     HELD_WEIGHT,
+    KEPT_TEXTS,
     LONG_TEXT,
     OWN_TOKENS,
     OWN_WEIGHT,
@@ -239,7 +240,8 @@ class Memory:
         """All that the texts of the model's own depend on, besides the edited weights."""
         return {
             "format": 1,
-            "texts": [self._texts, SAMPLE_TOKENS, LONG_TEXT, self._seed, tokenizer.bos_token_id],
+            "texts": [self._texts, SAMPLE_TOKENS, LONG_TEXT, KEPT_TEXTS, self._seed],
+            "first": tokenizer.bos_token_id,
             "shield": [self._rows, self._ridge, OWN_WEIGHT, OWN_TOKENS, self._at_names],
             "model": fingerprint(model),
         }

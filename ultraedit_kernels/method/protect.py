@@ -34,8 +34,9 @@ OUT_OF_REACH = 20.0
 HELD_WEIGHT = 3.0
 """Weight of the keys of edits that hold. With 1, the later turns of a stream of 200 edits on the
 bundled model broke 5 % of the earlier ones, with 3 none."""
-KEPT_TEXTS = 256
-"""Own texts that are kept for guards and contexts where edits are made at names."""
+KEPT_TEXTS = 64
+"""Own texts whose beginnings are kept, for guards and contexts, where edits are made at names: a
+turn must not spend more on guards than on its edits."""
 OWN_WEIGHT = 400
 """Own texts that the keys of all of them weigh as much as: a thousand of them hold no better."""
 OWN_TOKENS = 40_000
@@ -109,7 +110,8 @@ def own_keys(
         for name, moment in moments.items():
             moment += found[name]
     sure: list[Sequence] = []
-    for part, captured in captures(model, texts[:KEPT_TEXTS], list(weights), backward=False):
+    short = [replace(text, target_ids=text.target_ids[:SAMPLE_TOKENS]) for text in texts]
+    for part, captured in captures(model, short[:KEPT_TEXTS], list(weights), backward=False):
         sure += [run.sequence for _, run in _sure_runs(part, captured)]
     anchors = Anchors.empty(weights)
     weight = OWN_TOKENS / max(1, sum(len(text.target_ids) for text in texts))

@@ -100,6 +100,24 @@ def sized(
     return {n: v * at.spread(ask) for n, v in values.items()}
 
 
+def tied(values: Mapping[str, Tensor], steps: Tensor, at: Positions) -> dict[str, Tensor]:
+    """The values, of which all positions of one goal get the mean of those that step.
+
+    Keys of one name in several texts are nearly alike. To move their outputs apart, or to hold one
+    and move another, would take a large change of the weight.
+
+    Args:
+        values: module → [n, d_out], zero where a position does not step.
+        steps: [n, 1] bool.
+        at: the positions, each of the goal that it shares values with.
+    """
+    count = at.reduce(steps[:, 0].float(), "sum").clamp_min(1.0)
+    means = {
+        n: v.new_zeros(at.goals, v.shape[1]).index_add_(0, at.goal, v) for n, v in values.items()
+    }
+    return {n: (mean / count[:, None].to(mean.dtype))[at.goal] for n, mean in means.items()}
+
+
 def enlarged(
     values: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],

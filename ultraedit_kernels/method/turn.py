@@ -16,7 +16,14 @@ from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.repair import Repairs, Watch
 from ultraedit_kernels.method.shield import System
-from ultraedit_kernels.method.step import descending, enlarged, free_values, sized
+from ultraedit_kernels.method.step import (
+    Positions,
+    descending,
+    enlarged,
+    free_values,
+    sized,
+    tied,
+)
 from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.settings import MethodSettings
 
@@ -72,7 +79,8 @@ def turn(
         # Goals that hold rest: with values of zero, they are anchors to the others.
         steps = ~holds if settings.closed_loop else holds.new_ones(len(holds))
         goals.count(steps)
-        yield from _step(change, seen, steps, anchors, settings)
+        names = goals.named(seen.positions) if goals.rest else None
+        yield from _step(change, seen, steps, names, anchors, settings)
         # One forward pass both judges the step and captures the next one.
         seen = yield from look(seen.aged(), steps)
     watched = yield from repairs.settle(change.delta, goals.repairs_in(seen))
@@ -98,9 +106,15 @@ def _left(
 
 
 def _step(
-    change: Change, seen: Round, steps: Tensor, anchors: Anchors, settings: MethodSettings
+    change: Change,
+    seen: Round,
+    steps: Tensor,
+    names: Positions | None,
+    anchors: Anchors,
+    settings: MethodSettings,
 ) -> Generator[Phase, None, None]:
-    """Change the weights by one step of the goals that take it, `steps` [goals] bool."""
+    """Change the weights by one step of the goals that take it, `steps` [goals] bool; `names` are
+    the positions by what they name."""
     # Statistics over all positions, then the output shift wanted at each of them.
     statistics = change.observe(seen.fresh)
     keys, grads, at = seen.keys(), seen.grads(), seen.positions
@@ -109,12 +123,14 @@ def _step(
     for name in keys:
         systems[name] = System(keys[name], settings.ridge, anchors.keys[name])
         yield Phase.SOLVE
-    lr = 1.0 if settings.lr == "auto" else settings.lr
-    values = free_values(keys, grads, statistics, anchors.outputs, at.spread(steps), lr)
+    lr, takes = (1.0 if settings.lr == "auto" else settings.lr), at.spread(steps)
+    values = free_values(keys, grads, statistics, anchors.outputs, takes, lr)
     if settings.lr == "auto":
         # Ask for a share of the loss; then for as much more as ridge and shield take of it.
-        values = descending(values, {n: g * at.spread(steps) for n, g in grads.items()}, at)
-        values = sized(values, grads, seen.objective, settings.step, at)
+        grads = {name: grad * takes for name, grad in grads.items()}
+        values = sized(descending(values, grads, at), grads, seen.objective, settings.step, at)
+        if names is not None:
+            values, at = tied(values, takes, names), names
         values = enlarged(values, grads, systems, settings.ridge, at, change.reach(keys))
         yield Phase.SOLVE
     for name, system in systems.items():
