@@ -19,6 +19,7 @@ from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
+from ultraedit_kernels.method.spaces import spaces_of
 from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.method.versions import Versions
 from ultraedit_kernels.model.encoding import Sequence, encode_edits
@@ -174,7 +175,7 @@ class Editor:
         they were.
         """
         clock = Clock()
-        sequences, edit_of = self._encoded(requests)
+        self._encoded(requests)
         start = {name: weight.clone() for name, weight in self.weights.items()}
         committed = False
         try:
@@ -186,7 +187,7 @@ class Editor:
                 self.model,
                 self.weights,
                 start,
-                (yield from _goals(self, requests, sequences, edit_of, anchors)),
+                (yield from self._goals(requests, anchors)),
                 self.memory.statistics,
                 self.memory.statistics_of,
                 anchors,
@@ -282,12 +283,28 @@ class Editor:
         self.prepare()
         self.memory.save(path)
 
-    def _encoded(self, requests: Seq[EditRequest]) -> tuple[list[Sequence], list[int]]:
-        """Every sequence to teach, and the edit that it belongs to."""
+    def _encoded(
+        self, requests: Seq[EditRequest], spaces: Seq[Seq[bool]] | None = None
+    ) -> tuple[list[Sequence], list[int]]:
+        """Every sequence to teach, and the edit that it belongs to; see `encode_edits`."""
         check_turn(requests)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         edits = [((r.prompt, *r.rephrases), r.target) for r in requests]
-        return encode_edits(self.tokenizer, edits, limit, append_eos=self._append_eos)
+        return encode_edits(
+            self.tokenizer, edits, limit, append_eos=self._append_eos, spaces=spaces
+        )
+
+    def _goals(self, requests: Seq[EditRequest], anchors: Anchors) -> Generator[Phase, None, Goals]:
+        """What a turn must make the model say."""
+        spaces = yield from spaces_of(self.model, self.tokenizer, requests)
+        sequences, edit_of = self._encoded(requests, spaces)
+        contexts = None
+        if self.at_names:
+            texts = self.memory.own_texts(CONTEXT_TEXTS)
+            sequences, contexts = yield from at_names(
+                self.model, self.tokenizer, requests, sequences, edit_of, anchors, texts
+            )
+        return Goals(sequences, edit_of, self.settings.margin, contexts)
 
     def hold_still(self, keys: Mapping[str, Tensor]) -> None:
         """Hold still what the model computes at further keys, in the turns to come.
@@ -328,23 +345,6 @@ class Editor:
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0
         return self.guards.measure(start, texts, lost, self.settings.batch_size)
-
-
-def _goals(
-    editor: Editor,
-    requests: Seq[EditRequest],
-    sequences: list[Sequence],
-    edit_of: list[int],
-    anchors: Anchors,
-) -> Generator[Phase, None, Goals]:
-    """What a turn must make the model say."""
-    margin, contexts = editor.settings.margin, None
-    if editor.at_names:
-        texts = editor.memory.own_texts(CONTEXT_TEXTS)
-        sequences, contexts = yield from at_names(
-            editor.model, editor.tokenizer, requests, sequences, edit_of, anchors, texts
-        )
-    return Goals(sequences, edit_of, margin, contexts)
 
 
 def _finish(work: Generator[Any, None, T]) -> T:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
-from ultraedit_kernels.model.capture import capture, evaluation_mode
+from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.model.generation import logits_from
 from ultraedit_kernels.model.request import EditRequest, Prompt
 
 EXAMPLES = (
@@ -101,7 +102,9 @@ def natural_ends(
     for start in range(0, len(texts), BATCH):
         part = texts[start : start + BATCH]
         rows = [sequences[i].prompt_ids + sequences[i].target_ids[:-1] for i in part]
-        for i, logits in zip(part, _logits(model, rows, [len(r) - 1 for r in rows]), strict=True):
+        for i, logits in zip(
+            part, logits_from(model, rows, [len(r) - 1 for r in rows]), strict=True
+        ):
             best = choice[int(logits[0][choice].argmax())]
             ended[i] = replace(sequences[i], target_ids=[*sequences[i].target_ids[:-1], best])
     return ended
@@ -165,7 +168,7 @@ def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None
     """For each text, the index of the character at which the name in it ends; None if the model
     does not go on with part of the text."""
     asked = [list(tokenizer(f"{ASK}Text: {text}\nName:")["input_ids"]) for text in contents]
-    first = _logits(model, asked, [len(ids) - 1 for ids in asked])
+    first = logits_from(model, asked, [len(ids) - 1 for ids in asked])
     starts: list[int | None] = []
     for text, logits in zip(contents, first, strict=True):
         words = [i for i in range(len(text)) if _begins_word(text, i)]
@@ -182,7 +185,9 @@ def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None
     line_end = tokenizer("a\n", add_special_tokens=False)["input_ids"][-1]
     rows = [asked[i] + copies[i] for i in known]
     ends: list[int | None] = [None] * len(contents)
-    for i, logits in zip(known, _logits(model, rows, [len(asked[i]) for i in known]), strict=True):
+    for i, logits in zip(
+        known, logits_from(model, rows, [len(asked[i]) for i in known]), strict=True
+    ):
         copy = copies[i]
         stops = logits[:-1, line_end] > logits[torch.arange(len(copy) - 1), copy[1:]]
         taken = int(stops.nonzero()[0]) + 1 if stops.any() else len(copy)
@@ -201,24 +206,6 @@ def _begins_word(text: str, i: int) -> bool:
 def _continuation(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
     return ids
-
-
-def _logits(model: Any, rows: Seq[list[int]], first: Seq[int]) -> list[Tensor]:
-    """The logits of each row of tokens from a position on, [row - first, vocabulary] float32."""
-    if not rows:
-        return []
-    device = model.get_input_embeddings().weight.device
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    keep = width - min(first)
-    with evaluation_mode(model):
-        # Padding on the right is seen by no real token.
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
-    cut = width - logits.shape[1]
-    return [
-        logits[i, start - cut : len(row) - cut]
-        for i, (row, start) in enumerate(zip(rows, first, strict=True))
-    ]
 
 
 def _tokens_of(tokenizer: Any, ids: list[int], content: str) -> dict[int, int]:

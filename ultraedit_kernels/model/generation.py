@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ultraedit_kernels.model.capture import evaluation_mode
 
@@ -46,6 +47,26 @@ def generate(
             for row, i in enumerate(part):
                 answers[i] = _until_end(out[row, width:].tolist(), ends)
     return answers
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def logits_from(model: Any, rows: Seq[list[int]], first: Seq[int]) -> list[Tensor]:
+    """The logits of each row of tokens from a position on, [row - first, vocabulary] float32."""
+    if not rows:
+        return []
+    device = model.get_input_embeddings().weight.device
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    keep = width - min(first)
+    with evaluation_mode(model):
+        # Padding on the right is seen by no real token.
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float()
+    cut = width - logits.shape[1]
+    return [
+        logits[i, start - cut : len(row) - cut]
+        for i, (row, start) in enumerate(zip(rows, first, strict=True))
+    ]
 
 
 @contextmanager
