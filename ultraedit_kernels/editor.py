@@ -187,7 +187,7 @@ class Editor:
                 self.model,
                 self.weights,
                 start,
-                (yield from self._goals(requests, anchors)),
+                (yield from _goals(self, requests, anchors)),
                 self.memory.statistics,
                 self.memory.statistics_of,
                 anchors,
@@ -294,18 +294,6 @@ class Editor:
             self.tokenizer, edits, limit, append_eos=self._append_eos, spaces=spaces
         )
 
-    def _goals(self, requests: Seq[EditRequest], anchors: Anchors) -> Generator[Phase, None, Goals]:
-        """What a turn must make the model say."""
-        spaces = yield from spaces_of(self.model, self.tokenizer, requests)
-        sequences, edit_of = self._encoded(requests, spaces)
-        contexts = None
-        if self.at_names:
-            texts = self.memory.own_texts(CONTEXT_TEXTS)
-            sequences, contexts = yield from at_names(
-                self.model, self.tokenizer, requests, sequences, edit_of, anchors, texts
-            )
-        return Goals(sequences, edit_of, self.settings.margin, contexts)
-
     def hold_still(self, keys: Mapping[str, Tensor]) -> None:
         """Hold still what the model computes at further keys, in the turns to come.
 
@@ -345,6 +333,21 @@ class Editor:
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0
         return self.guards.measure(start, texts, lost, self.settings.batch_size)
+
+
+def _goals(
+    editor: Editor, requests: Seq[EditRequest], anchors: Anchors
+) -> Generator[Phase, None, Goals]:
+    """What a turn must make the model say."""
+    spaces = yield from spaces_of(editor.model, editor.tokenizer, requests)
+    sequences, edit_of = editor._encoded(requests, spaces)
+    contexts = None
+    if editor.at_names:
+        texts = editor.memory.own_texts(CONTEXT_TEXTS)
+        sequences, contexts = yield from at_names(
+            editor.model, editor.tokenizer, requests, sequences, edit_of, anchors, texts
+        )
+    return Goals(sequences, edit_of, editor.settings.margin, contexts)
 
 
 def _finish(work: Generator[Any, None, T]) -> T:

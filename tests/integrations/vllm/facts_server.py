@@ -1,4 +1,4 @@
-"""The bundled model with one thing changed, and a server's renderer for it: no engine is started."""
+"""The bundled model with one thing changed, and the renderer of a server for it; no engine."""
 
 from __future__ import annotations
 
