@@ -234,10 +234,11 @@ def document_start(model: Any, tokenizer: Any) -> int:
         return begins[0]
     known = [*ends, *named("bos_token_id"), *named("pad_token_id"), tokenizer.pad_token_id]
     choice = list(dict.fromkeys(i for i in known if i is not None)) or [0]
-    entropy = [
-        float(torch.distributions.Categorical(logits=logits[0]).entropy())
+    scores = [
+        logits[0].log_softmax(-1)
         for logits in logits_from(model, [[i] for i in choice], [0] * len(choice))
     ]
+    entropy = [float(-(score.exp() * score).sum()) for score in scores]
     return choice[max(range(len(choice)), key=entropy.__getitem__)]
 
 

@@ -32,7 +32,8 @@ def spaces_of(
 ) -> Generator[Phase, None, list[list[bool]]]:
     """Per edit, and its prompt and rephrases, whether a space joins it and the target: as the
     request says, or as the model would write it. Messages have none."""
-    pairs, joined = {}, []
+    pairs: dict[tuple[int, int], tuple[str, str]] = {}
+    joined: list[list[bool]] = []
     for i, request in enumerate(requests):
         prompts = (request.prompt, *request.rephrases)
         joined.append([bool(request.space)] * len(prompts))
