@@ -37,8 +37,8 @@ SWITCHED = TEMPLATE.replace(
     "{% else %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
 PARTS = TEMPLATE.replace(
-    "<|user|>{{ message['content'] }}",
-    "<|user|>{% for part in message['content'] %}{{ part['text'] }}{% endfor %}",
+    "{{ message['content'] }}",
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}",
 )
 
 
