@@ -142,8 +142,8 @@ def _check_chat(served: Served, one: Sequence, target: str) -> None:
             400,
             f"of the answer {target!r} users of the chat would hear {heard!r}: the server's "
             "template or reasoning parser takes the rest for thoughts; serve with a chat template "
-            "that closes the thought (such as --default-chat-template-kwargs '{\"enable_thinking\": false}'), "
-            "or send the edit as text",
+            'that closes the thought (--default-chat-template-kwargs {"enable_thinking": false} '
+            "where the template knows it), or send the edit as text",
         )
 
 
