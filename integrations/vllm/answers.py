@@ -318,7 +318,7 @@ def _specificity(asked: Asked, before: Seq[str], after: Seq[str]) -> dict[str, A
         {"prompt": prompt, "before": old, "after": new, "unchanged": old.strip() == new.strip()}
         for prompt, old, new in zip(prompts, before, after, strict=True)
     ]
-    share = sum(answer["unchanged"] for answer in answers)
+    share = sum(bool(answer["unchanged"]) for answer in answers)
     return {"score": share / len(answers) if answers else None, "prompts": answers}
 
 

@@ -53,7 +53,8 @@ def build_parts(
     twin = build(worker.get_model(), config, settings.get("modules", "auto"))
     if computes:  # it stops where the engine stops
         ends = stop_tokens(config.model_config, tokenizer)
-        twin.model.generation_config.eos_token_id = ends
+        settings_of_model: Any = twin.model.generation_config
+        settings_of_model.eos_token_id = ends
     with together(twin.model):
         try:
             given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}

@@ -135,7 +135,7 @@ class Served:
                 request = CompletionRequest(prompt=prompt, max_tokens=1)
                 inputs: Any = await self._renderer.render_completion(request)
             else:
-                _, inputs = await self._renderer.render_chat(_request(prompt))  # type: ignore[misc]
+                _, inputs = await self._renderer.render_chat(_request(prompt))
             return list(inputs[0]["prompt_token_ids"])
         except (VLLMValidationError, ValueError, TypeError):  # also an answer that is an error
             return None

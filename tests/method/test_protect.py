@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from tests.method.small import MODULES as SMALL
@@ -34,10 +36,11 @@ def test_own_texts_are_the_models_own_and_repeatable(model, tokenizer):
     assert sum(ended) > 10
 
 
-def test_a_document_starts_where_the_model_begins_one(model, tokenizer, monkeypatch):
+def test_a_document_starts_where_the_model_begins_one(model, tokenizer):
     """Without BOS in the tokenizer, as Qwen's: not behind the end of a turn."""
     assert document_start(model, tokenizer) == 0
-    monkeypatch.setattr(tokenizer, "bos_token", None)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
     assert tokenizer.bos_token_id is None
     assert document_start(model, tokenizer) == 0  # the configuration knows it
     texts = own_texts(model, tokenizer, 20, seed=3)

@@ -231,7 +231,7 @@ def document_start(model: Any, tokenizer: Any) -> int:
         return int(tokenizer.bos_token_id)
     ends = [*named("eos_token_id"), tokenizer.eos_token_id]
     if begins := [i for i in named("bos_token_id") if i not in ends]:
-        return begins[0]
+        return int(begins[0])
     known = [*ends, *named("bos_token_id"), *named("pad_token_id"), tokenizer.pad_token_id]
     choice = list(dict.fromkeys(i for i in known if i is not None)) or [0]
     scores = [
@@ -239,7 +239,7 @@ def document_start(model: Any, tokenizer: Any) -> int:
         for logits in logits_from(model, [[i] for i in choice], [0] * len(choice))
     ]
     entropy = [float(-(score.exp() * score).sum()) for score in scores]
-    return choice[max(range(len(choice)), key=entropy.__getitem__)]
+    return int(choice[max(range(len(choice)), key=entropy.__getitem__)])
 
 
 def own_answers(model: Any, tokenizer: Any, prompts: Seq[Prompt]) -> list[Sequence]:

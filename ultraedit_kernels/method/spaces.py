@@ -91,7 +91,8 @@ def _beginnings(tokenizer: Any, kind: str) -> tuple[Tensor, Tensor]:
     it at once. A space by itself is of the first."""
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    spaced, bare = [], []
+    spaced: list[int] = []
+    bare: list[int] = []
     for i, token in enumerate(tokens):
         if i in special or not token:
             continue
