@@ -19,6 +19,7 @@ from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
+from ultraedit_kernels.method.spaces import spaces_of
 from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.method.versions import Versions
 from ultraedit_kernels.model.encoding import Sequence, encode_edits
@@ -104,16 +105,15 @@ class Editor:
         continues: str | Path | None = EditorSettings.continues,
         seed: int = EditorSettings.seed,
     ) -> None:
-        by_place = {"rounds": rounds, "step": step, "reach": reach, "margin": margin}
-        left_out = {name for name, value in by_place.items() if value is None}
-        given = {n: v for n, v in locals().items() if n in TABLE and n not in left_out}
+        given = {n: v for n, v in locals().items() if n in TABLE}
+        given = {n: v for n, v in given.items() if n not in AT_NAMES or v is not None}
         check(given, "internal")
         self.model: Any = model
         self.tokenizer = tokenizer
         self.modules = resolve_modules(model, self.model.config, modules)
         names = rounds != 1 and reads_names(self.model.config, self.modules)
-        chosen = only(given, MethodSettings)
-        self.settings = MethodSettings(**(AT_NAMES | chosen if names else chosen))
+        here = AT_NAMES if names else {}
+        self.settings = MethodSettings(**(here | only(given, MethodSettings)))
         self.weights = {name: weight_of(model.get_submodule(name)) for name in self.modules}
         self._append_eos = append_eos
         self.memory = Memory(self.weights, statistics, anchors, anchor_rows, ridge, seed, names)
@@ -121,16 +121,8 @@ class Editor:
         if continues is not None:
             self.memory.go_on(continues)
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
-        pristine = self.versions.pristine
-        self.guards = Guards(
-            model,
-            tokenizer,
-            self.weights,
-            pristine,
-            max_change,
-            max_lost,
-            guards.load_canaries(canaries),
-        )
+        limits = (max_change, max_lost, guards.load_canaries(canaries))
+        self.guards = Guards(model, tokenizer, self.weights, self.versions.pristine, *limits)
         self.rollback(self.version)
 
     def close(self) -> None:
@@ -180,7 +172,7 @@ class Editor:
         they were.
         """
         clock = Clock()
-        sequences, edit_of = self._encoded(requests)
+        self._encoded(requests)
         start = {name: weight.clone() for name, weight in self.weights.items()}
         committed = False
         try:
@@ -192,7 +184,7 @@ class Editor:
                 self.model,
                 self.weights,
                 start,
-                (yield from _goals(self, requests, sequences, edit_of, anchors)),
+                (yield from _goals(self, requests, anchors)),
                 self.memory.statistics,
                 self.memory.statistics_of,
                 anchors,
@@ -288,12 +280,16 @@ class Editor:
         self.prepare()
         self.memory.save(path)
 
-    def _encoded(self, requests: Seq[EditRequest]) -> tuple[list[Sequence], list[int]]:
-        """Every sequence to teach, and the edit that it belongs to."""
+    def _encoded(
+        self, requests: Seq[EditRequest], spaces: Seq[Seq[bool]] | None = None
+    ) -> tuple[list[Sequence], list[int]]:
+        """Every sequence to teach, and the edit that it belongs to; see `encode_edits`."""
         check_turn(requests)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         edits = [((r.prompt, *r.rephrases), r.target) for r in requests]
-        return encode_edits(self.tokenizer, edits, limit, append_eos=self._append_eos)
+        return encode_edits(
+            self.tokenizer, edits, limit, append_eos=self._append_eos, spaces=spaces
+        )
 
     def hold_still(self, keys: Mapping[str, Tensor]) -> None:
         """Hold still what the model computes at further keys, in the turns to come.
@@ -337,20 +333,18 @@ class Editor:
 
 
 def _goals(
-    editor: Editor,
-    requests: Seq[EditRequest],
-    sequences: list[Sequence],
-    edit_of: list[int],
-    anchors: Anchors,
+    editor: Editor, requests: Seq[EditRequest], anchors: Anchors
 ) -> Generator[Phase, None, Goals]:
     """What a turn must make the model say."""
-    margin, contexts = editor.settings.margin, None
+    spaces = yield from spaces_of(editor.model, editor.tokenizer, requests)
+    sequences, edit_of = editor._encoded(requests, spaces)
+    contexts = None
     if editor.at_names:
         texts = editor.memory.own_texts(CONTEXT_TEXTS)
         sequences, contexts = yield from at_names(
             editor.model, editor.tokenizer, requests, sequences, edit_of, anchors, texts
         )
-    return Goals(sequences, edit_of, margin, contexts)
+    return Goals(sequences, edit_of, editor.settings.margin, contexts)
 
 
 def _finish(work: Generator[Any, None, T]) -> T:

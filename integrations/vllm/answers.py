@@ -6,19 +6,22 @@ import asyncio
 import hashlib
 import time
 import uuid
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
 from vllm.engine.protocol import EngineClient
 from vllm.inputs import tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
+from ultraedit_kernels.integrations.vllm.served import Served
 from ultraedit_kernels.integrations.vllm.workers import OWN_REQUESTS, ProbeData
-from ultraedit_kernels.model.encoding import encode, encode_prompt, says_just
-from ultraedit_kernels.model.request import EditRequest, check_turn, prompt_key
+from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt, says_just
+from ultraedit_kernels.model.forms import form_of, forms_of, other_forms
+from ultraedit_kernels.model.generation import Penalties
+from ultraedit_kernels.model.request import EditRequest, Prompt, check_turn, prompt_key
 
 ANSWER_TOKENS = 16
 """Least number of tokens that a prompt's answer is read to."""
@@ -35,6 +38,9 @@ class Asked:
     Attributes:
         requests: the edits.
         probes: one per edit, then all locality prompts.
+        others: the edits' questions in other forms, which are asked after the turn: the index of
+            the edit, the prompt, the probe.
+        ends: per edit, the token that ends its target.
         dry_run: whether nothing is to be committed.
         key: idempotency key.
         content: digest of the body, by which the same body is known again.
@@ -43,6 +49,8 @@ class Asked:
 
     requests: list[EditRequest]
     probes: list[ProbeData]
+    others: list[tuple[int, Prompt, ProbeData]]
+    ends: list[int]
     dry_run: bool
     key: str | None
     content: str
@@ -53,6 +61,11 @@ class Asked:
         """All that are taught something."""
         return {prompt_key(p) for r in self.requests for p in (r.prompt, *r.rephrases)}
 
+    @property
+    def asked_after(self) -> list[ProbeData]:
+        """What is asked after the turn."""
+        return [*self.probes, *(probe for _, _, probe in self.others)]
+
 
 def content_of(body: EditsBody) -> str:
     """The digest of a body, hexadecimal."""
@@ -60,7 +73,12 @@ def content_of(body: EditsBody) -> str:
 
 
 def read_body(
-    body: EditsBody, content: str, tokenizer: Any, max_length: int, begun: float
+    body: EditsBody,
+    content: str,
+    tokenizer: Any,
+    max_length: int,
+    begun: float,
+    served: Served | None = None,
 ) -> Asked:
     """Check a request, and find the prompts to ask. Takes as long as tokenising does.
 
@@ -70,31 +88,32 @@ def read_body(
         tokenizer: of the model.
         max_length: most tokens of a prompt and its answer.
         begun: when it came.
+        served: what the server makes of answers; None to take them as they are.
 
     Raises:
-        EditError: an edit is not one, or two do not go together.
+        EditError: an edit is not one, or two do not go together; or one of chat, which is not
+            rendered as the server does it, or would not be heard.
     """
-    requests, asked, protected = [], [], []
+    requests, asked, protected, others, ends = [], [], [], [], []
     for i, edit in enumerate(body.edits):
         try:
             request = EditRequest(**edit.model_dump())
             for j, prompt in enumerate((request.prompt, *request.rephrases)):
                 what = f"rephrases[{j - 1}]" if j else "prompt"
-                one = encode(tokenizer, prompt, request.target)
+                one = encode(tokenizer, prompt, request.target, space=request.space)
+                if served is not None and not isinstance(prompt, str):
+                    _check_chat(served, one, request.target)
                 answer = len(one.target_ids)
                 wanted = answer + SPARE_TOKENS
-                probe = _probe(what, one.prompt_ids, answer, wanted, max_length)
+                probe = _probe(what, prompt, one.prompt_ids, answer, wanted, max_length)
                 if not j:
                     asked.append(probe)
+                    ends.append(one.target_ids[-1])
+            others += _others(tokenizer, i, request, asked[-1], max_length)
             for j, prompt in enumerate(request.locality):
                 ids = encode_prompt(tokenizer, prompt)
-                protected.append(_probe(f"locality[{j}]", ids, 1, ANSWER_TOKENS, max_length))
-        except TemplateError as error:
-            raise EditError(
-                400,
-                f"edits[{i}]: the model's chat template refuses the messages: {error}",
-                f"edits[{i}]",
-            ) from error
+                probe = _probe(f"locality[{j}]", prompt, ids, 1, ANSWER_TOKENS, max_length)
+                protected.append(probe)
         except (ValueError, TypeError) as error:
             raise EditError(400, f"edits[{i}]: {error}", f"edits[{i}]") from error
         requests.append(request)
@@ -103,10 +122,42 @@ def read_body(
     except ValueError as error:
         raise EditError(400, str(error), "edits") from error
     key = body.idempotency_key
-    return Asked(requests, asked + protected, body.dry_run, key, content, begun)
+    return Asked(requests, asked + protected, others, ends, body.dry_run, key, content, begun)
 
 
-def _probe(what: str, ids: list[int], answer: int, wanted: int, max_length: int) -> ProbeData:
+def _check_chat(served: Served, one: Sequence, target: str) -> None:
+    """Raise EditError unless a user of the chat endpoint hears the target of an edit that holds."""
+    if served.differs:
+        raise EditError(501, f"{served.differs}; send the edit as text")
+    heard = served.text_of(one.prompt_ids, one.target_ids, chat=True)
+    if not says_just(heard, target):
+        raise EditError(
+            400,
+            f"of the answer {target!r} users of the chat would hear {heard!r}: the server's "
+            "template or reasoning parser takes the rest for thoughts; serve with a chat template "
+            'that closes the thought (--default-chat-template-kwargs {"enable_thinking": false} '
+            "where the template knows it), or send the edit as text",
+        )
+
+
+def _others(
+    tokenizer: Any, edit: int, request: EditRequest, probe: ProbeData, max_length: int
+) -> list[tuple[int, Prompt, ProbeData]]:
+    """An edit's question in the forms that the model's template and length allow."""
+    found: list[tuple[int, Prompt, ProbeData]] = []
+    for prompt in other_forms(request.prompt, request.rephrases):
+        try:
+            ids = encode_prompt(tokenizer, prompt)
+            other = _probe("it", prompt, ids, 1, probe["max_tokens"], max_length)
+        except (ValueError, TypeError):
+            continue
+        found.append((edit, prompt, other))
+    return found
+
+
+def _probe(
+    what: str, prompt: Prompt, ids: list[int], answer: int, wanted: int, max_length: int
+) -> ProbeData:
     room = max_length - len(ids)
     if not ids:
         raise ValueError(f"{what} has no tokens, expected at least one; write a longer prompt")
@@ -115,7 +166,8 @@ def _probe(what: str, ids: list[int], answer: int, wanted: int, max_length: int)
             f"{what} has {len(ids)} tokens and its answer {answer}, expected at most "
             f"{max_length} together, the model's length; shorten it"
         )
-    return {"ids": ids, "max_tokens": min(room, max(wanted, ANSWER_TOKENS))}
+    most = min(room, max(wanted, ANSWER_TOKENS))
+    return {"ids": ids, "max_tokens": most, "chat": not isinstance(prompt, str)}
 
 
 class Reader:
@@ -123,13 +175,15 @@ class Reader:
 
     Args:
         engine: which serves.
+        served: what the server makes of answers.
+        penalties: of the server's default sampling parameters.
     """
 
-    def __init__(self, engine: EngineClient) -> None:
-        self._engine = engine
+    def __init__(self, engine: EngineClient, served: Served, penalties: Penalties) -> None:
+        self._engine, self._served, self._penalties = engine, served, penalties
 
     async def answers(self, probes: Seq[ProbeData]) -> list[str]:
-        """What the engine answers, greedily, to each."""
+        """What the engine answers, greedily and else by the server's defaults, to each."""
         return list(await asyncio.gather(*(self._answer(probe) for probe in probes)))
 
     async def own_text(self, first: int, max_length: int) -> tuple[list[int], list[float]]:
@@ -150,10 +204,17 @@ class Reader:
     async def _answer(self, probe: ProbeData) -> str:
         params = SamplingParams(
             temperature=0.0,
+            repetition_penalty=self._penalties.repetition,
+            presence_penalty=self._penalties.presence,
+            frequency_penalty=self._penalties.frequency,
             max_tokens=probe["max_tokens"],
+            skip_special_tokens=not (probe["chat"] and self._served.keep_special),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return (await self._generate(probe["ids"], params)).text.strip()
+        answer = await self._generate(probe["ids"], params)
+        if not probe["chat"]:
+            return str(answer.text)
+        return self._served.heard(answer.text, answer.token_ids, probe["ids"])
 
     async def _generate(self, ids: list[int], params: SamplingParams) -> Any:
         name = f"{OWN_REQUESTS}{uuid.uuid4().hex}"
@@ -205,24 +266,41 @@ def answer_of(
     before: Seq[str],
     after: Seq[str],
     timings: dict[str, float],
+    why_other: Callable[[int], str] = lambda end: "",
 ) -> dict[str, Any]:
     """The answer to a request, of its edits' outcomes and the answers to its probes. An edit has
-    succeeded if the editor says so, and the engine answers just the target."""
-    count = len(asked.requests)
-    edits = [
-        {
-            "prompt": request.prompt,
-            "target": request.target,
-            "before": old,
-            "after": new,
-            "succeeded": outcome["succeeded"] and says_just(new, request.target),
-            "rounds": outcome["rounds"],
-        }
-        for request, outcome, old, new in zip(
-            asked.requests, outcomes, before[:count], after[:count], strict=True
+    succeeded if the editor says so, and the engine answers just the target.
+
+    Args:
+        why_other: why the engine may answer otherwise than the editor found, by the token that ends
+            the target.
+    """
+    count, probes = len(asked.requests), len(asked.probes)
+    others: list[list[dict[str, Any]]] = [[] for _ in asked.requests]
+    for (i, prompt, _), text in zip(asked.others, after[probes:], strict=True):
+        others[i].append({"form": form_of(prompt), "prompt": prompt, "after": text})
+    edits = []
+    for i, (request, outcome) in enumerate(zip(asked.requests, outcomes, strict=True)):
+        reason = None
+        if not outcome["succeeded"]:
+            reason = f"it does not hold after {outcome['rounds']} steps"
+        elif not says_just(after[i], request.target):
+            why = why_other(asked.ends[i])
+            reason = "the server answers otherwise" + (f": {why}" if why else "")
+        edits.append(
+            {
+                "prompt": request.prompt,
+                "target": request.target,
+                "before": before[i],
+                "after": after[i],
+                "succeeded": reason is None,
+                "reason": reason,
+                "rounds": outcome["rounds"],
+                "taught": forms_of((request.prompt, *request.rephrases)),
+                "other_forms": others[i],
+            }
         )
-    ]
-    specificity = _specificity(asked, before[count:], after[count:])
+    specificity = _specificity(asked, before[count:probes], after[count:probes])
     timings = timings | {"total_ms": ms_since(asked.begun)}
     return {"version": version, "edits": edits, "specificity": specificity, "timings": timings}
 
@@ -230,10 +308,10 @@ def answer_of(
 def _specificity(asked: Asked, before: Seq[str], after: Seq[str]) -> dict[str, Any]:
     prompts = [prompt for request in asked.requests for prompt in request.locality]
     answers = [
-        {"prompt": prompt, "before": old, "after": new, "unchanged": old == new}
+        {"prompt": prompt, "before": old, "after": new, "unchanged": old.strip() == new.strip()}
         for prompt, old, new in zip(prompts, before, after, strict=True)
     ]
-    share = sum(old == new for old, new in zip(before, after, strict=True))
+    share = sum(bool(answer["unchanged"]) for answer in answers)
     return {"score": share / len(answers) if answers else None, "prompts": answers}
 
 

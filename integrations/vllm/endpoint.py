@@ -82,7 +82,7 @@ class UltraEditEndpoint:
         state.ultraedit_settings = settings
         state.ultraedit_audit = Audit(section.get("state_dir"), settings.audit_prompts)
 
-        service = EditService(engine_client, args.chat_template)
+        service = EditService(engine_client, state.online_renderer)
         await service.start()
         state.ultraedit = service
         metrics.serving((await service.status(False))[0]["version"])

@@ -30,6 +30,7 @@ from ultraedit_kernels.integrations.vllm import engine_work as work
 from ultraedit_kernels.integrations.vllm.engine_hooks import follow_weights, watch_prompts
 from ultraedit_kernels.integrations.vllm.engine_start import build_parts, last_layer_only
 from ultraedit_kernels.integrations.vllm.slices import Slices
+from ultraedit_kernels.integrations.vllm.tokenizer import penalties_of
 from ultraedit_kernels.integrations.vllm.traffic import Traffic
 from ultraedit_kernels.integrations.vllm.twin import Twin
 from ultraedit_kernels.integrations.vllm.workers import (
@@ -49,6 +50,7 @@ from ultraedit_kernels.integrations.vllm.workers import (
     as_data,
     failure_as_data,
 )
+from ultraedit_kernels.model.generation import Penalties
 from ultraedit_kernels.model.parallel import together
 from ultraedit_kernels.model.request import EditRequest
 from ultraedit_kernels.ops.statistics import Statistics
@@ -123,6 +125,7 @@ class EngineSide:
         self.foreign = False
         self._editor: Editor | None = None
         self._difference: float | None = None
+        self._penalties = Penalties()
 
     @property
     def editor(self) -> Editor:
@@ -132,12 +135,13 @@ class EngineSide:
         return self._editor
 
     @rpc
-    def start(self, settings: dict[str, Any], chat_template: str | None, follows: bool) -> Started:
+    def start(self, settings: dict[str, Any], rendering: dict[str, Any], follows: bool) -> Started:
         """Build twin and editor and publish the version of the state directory, if there is one.
         A second start changes nothing."""
         if self._editor is None:
-            parts = build_parts(self.worker, settings, chat_template, follows)
+            parts = build_parts(self.worker, settings, rendering, follows)
             self.twin, self._editor, self.follows = parts.twin, parts.editor, follows
+            self._penalties = penalties_of(self.worker.vllm_config.model_config)
             self._publish()
             follow_weights(self.worker, self._drop_turn, self._republish)
             if parts.traffic:
@@ -202,7 +206,9 @@ class EngineSide:
                 self.editor.hold_still(self.traffic.keys())
             if probes is None:
                 return (yield from work.edit(self.editor, requests, note, followed))
-            return (yield from work.try_edit(self.editor, self.twin, requests, probes))
+            return (
+                yield from work.try_edit(self.editor, self.twin, requests, probes, self._penalties)
+            )
 
         return self._work(turn, run())
 

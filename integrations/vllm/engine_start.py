@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ultraedit_kernels.editor import Editor
-from ultraedit_kernels.integrations.vllm.tokenizer import load_tokenizer
+from ultraedit_kernels.integrations.vllm.tokenizer import Rendering, load_tokenizer, stop_tokens
 from ultraedit_kernels.integrations.vllm.twin import Twin, build_twin, build_weights
 from ultraedit_kernels.method.memory import STREAM
 from ultraedit_kernels.model.parallel import together
@@ -28,14 +28,14 @@ class Parts:
 
 
 def build_parts(
-    worker: Any, settings: dict[str, Any], chat_template: str | None, follows: bool
+    worker: Any, settings: dict[str, Any], rendering: dict[str, Any], follows: bool
 ) -> Parts:
     """Build twin and editor, at the newest version of the state directory if there is one.
 
     Args:
         worker: vLLM's.
         settings: the operator's; those of the editor, and `traffic`, are taken.
-        chat_template: of the tokenizer, if not its own.
+        rendering: the server's, see `tokenizer.Rendering`.
         follows: another engine computes, and has been started.
 
     Raises:
@@ -44,13 +44,17 @@ def build_parts(
     """
     config = worker.vllm_config
     check(settings, "operator")
-    tokenizer = load_tokenizer(config.model_config, chat_template)
+    tokenizer = load_tokenizer(config, Rendering(**rendering))
     computes = not follows and config.parallel_config.pipeline_parallel_size == 1
     settings = _settings(settings, computes, follows)
     traffic = settings.get("traffic", 0)
     settings = only(settings, MethodSettings, EditorSettings)
     build = build_twin if computes else build_weights
     twin = build(worker.get_model(), config, settings.get("modules", "auto"))
+    if computes:  # it stops where the engine stops
+        ends = stop_tokens(config.model_config, tokenizer)
+        settings_of_model: Any = twin.model.generation_config
+        settings_of_model.eos_token_id = ends
     with together(twin.model):
         try:
             given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}

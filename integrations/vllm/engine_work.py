@@ -11,7 +11,7 @@ from ultraedit_kernels.editor import Editor, TurnResult
 from ultraedit_kernels.integrations.vllm.slices import PRIVATE
 from ultraedit_kernels.integrations.vllm.twin import Twin
 from ultraedit_kernels.integrations.vllm.workers import ProbeData, Result
-from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.generation import Penalties, generate
 from ultraedit_kernels.model.request import EditRequest
 from ultraedit_kernels.store.delta import EditDelta
 
@@ -31,14 +31,18 @@ def edit(
 
 
 def try_edit(
-    editor: Editor, twin: Twin, requests: Sequence[EditRequest], probes: list[ProbeData]
+    editor: Editor,
+    twin: Twin,
+    requests: Sequence[EditRequest],
+    probes: list[ProbeData],
+    penalties: Penalties,
 ) -> Generator[str, None, Result]:
     """Edits on the shadow, what it then answers, and the shadow as it was."""
     done = yield from editor.steps(requests, commit=False)
     try:
         for name, factor in done.delta.factors.items():
             factor.apply(editor.weights[name])
-        answers = yield from _answers(editor, probes)
+        answers = yield from _answers(editor, probes, penalties)
     finally:
         restore_shadow(editor, twin)
     return _result(done) | {"answers": answers}
@@ -63,16 +67,23 @@ def restore_shadow(editor: Editor, twin: Twin) -> None:
         editor.weights[name].copy_(live)
 
 
-def _answers(editor: Editor, probes: list[ProbeData]) -> Generator[str, None, list[str]]:
+def _answers(
+    editor: Editor, probes: list[ProbeData], penalties: Penalties
+) -> Generator[str, None, list[list[int]]]:
     answers = []
     for i in range(0, len(probes), PROBE_BATCH):
         part = probes[i : i + PROBE_BATCH]
         longest = max(probe["max_tokens"] for probe in part)
         prompts = [probe["ids"] for probe in part]
-        tokens = generate(editor.model, editor.tokenizer, prompts, max_new_tokens=longest)
+        tokens = generate(
+            editor.model,
+            editor.tokenizer,
+            prompts,
+            max_new_tokens=longest,
+            penalties=penalties,
+        )
         for probe, ids in zip(part, tokens, strict=True):
-            ids = ids[: probe["max_tokens"]]
-            answers.append(editor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+            answers.append(ids[: probe["max_tokens"]])
         yield "answers"
     return answers
 

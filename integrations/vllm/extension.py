@@ -30,10 +30,10 @@ class UltraEditExtension:
     _ultraedit_side: EngineSide | None = None
 
     def ultraedit_start(
-        self, settings: dict[str, Any], chat_template: str | None, follows: bool
+        self, settings: dict[str, Any], rendering: dict[str, Any], follows: bool
     ) -> workers.Started:
         """Build twin and editor."""
-        return engine_side(self).start(settings, chat_template, follows)
+        return engine_side(self).start(settings, rendering, follows)
 
     def ultraedit_check(self, token_ids: list[int], scores: list[float]) -> workers.Checked:
         """Compare twin and engine."""

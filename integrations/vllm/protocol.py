@@ -55,6 +55,7 @@ EXPECTED = {
     "version": "a whole number, 0 for the untouched model",
     "limit": "a whole number from 1 to 100",
     "digest": "true or false",
+    "space": "true, false, or null for what the model would write",
     "before": "a whole number above 0: list versions below it",
 }
 
@@ -128,6 +129,8 @@ class Edit(Body):
     """Other wordings that are taught the same target."""
     locality: list[Prompt] = []
     """Prompts whose answers must stand; also scored, as `specificity`."""
+    space: bool | None = None
+    """Whether a space joins text prompts and the target; null for what the model would write."""
 
 
 class EditsBody(Body):
@@ -161,15 +164,30 @@ class ErrorBody(BaseModel):
     error: ErrorInfo
 
 
+class OtherForm(BaseModel):
+    """What the same question gets, after the turn, in a form that was not taught."""
+
+    form: str
+    """The same words as in `taught`."""
+    prompt: Prompt
+    after: str
+
+
 class Answer(BaseModel):
-    """What one edit did: the greedy answer to its prompt before and after the turn."""
+    """What one edit did: the greedy answer to its prompt before and after the turn, white space as
+    it stands; of a chat, the content that a user gets."""
 
     prompt: Prompt
     target: str
     before: str
     after: str
     succeeded: bool
+    reason: str | None
+    """Why it has not succeeded."""
     rounds: int
+    taught: list[str]
+    """The forms of prompt and rephrases: "text", "chat", "chat with a system prompt"."""
+    other_forms: list[OtherForm]
 
 
 class Unchanged(BaseModel):

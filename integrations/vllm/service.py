@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
-from vllm.renderers.chat_utils import load_chat_template
+from vllm.renderers.online_renderer import OnlineRenderer
 
 from ultraedit_kernels.integrations.vllm.answers import (
     Asked,
@@ -31,7 +31,12 @@ from ultraedit_kernels.integrations.vllm.answers import (
 from ultraedit_kernels.integrations.vllm.commit import Turn, take_turn
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.queue import Queue, Tasks, Waiting
-from ultraedit_kernels.integrations.vllm.tokenizer import load_tokenizer
+from ultraedit_kernels.integrations.vllm.served import Served, goes_on
+from ultraedit_kernels.integrations.vllm.tokenizer import (
+    load_tokenizer,
+    penalties_of,
+    stop_tokens,
+)
 from ultraedit_kernels.integrations.vllm.workers import Engines, History, Result
 from ultraedit_kernels.settings import ServingSettings, check, only
 
@@ -43,22 +48,26 @@ class EditService:
 
     Args:
         engine: what the server talks to its engines through.
-        chat_template: the server's option.
+        renderer: the server's; None outside a server.
     """
 
-    def __init__(self, engine: EngineClient, chat_template: str | None) -> None:
+    def __init__(self, engine: EngineClient, renderer: OnlineRenderer | None = None) -> None:
         config = engine.vllm_config
-        self._engine, self._engines, self._reader = engine, Engines(engine), Reader(engine)
+        self._engine, self._engines = engine, Engines(engine)
         self._settings = dict(config.additional_config.get("ultraedit", {}))
         check(self._settings, "operator")
         self._own = ServingSettings(**only(self._settings, ServingSettings))
         self._max_length: int = config.model_config.max_model_len
-        self._chat_template = load_chat_template(chat_template)
-        self._tokenizer = load_tokenizer(config.model_config, self._chat_template)
+        self._rendering = Served.rendering_of(renderer)
+        self._tokenizer = load_tokenizer(config, self._rendering)
+        self._served = Served(renderer, self._tokenizer)
+        self._penalties = penalties_of(config.model_config)
+        self._reader = Reader(engine, self._served, self._penalties)
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="ultraedit")
         self._queue, self._tasks = Queue(self._own.max_queue), Tasks()
         self._refusal = why_no_edits(config.parallel_config)
         self._stales_cache = True
+        self._stops: list[int] = []
 
     @property
     def waiting(self) -> int:
@@ -84,10 +93,11 @@ class EditService:
                 "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
             )
         has_twin = parallel.pipeline_parallel_size == 1
+        rendering = self._rendering.as_data()
         try:
-            info = (await self._engines.leader.start(self._settings, self._chat_template, False))[0]
+            info = (await self._engines.leader.start(self._settings, rendering, False))[0]
             followers = self._engines.followers
-            for rank in await followers.start(self._settings, self._chat_template, True):
+            for rank in await followers.start(self._settings, rendering, True):
                 if rank["version"] != info["version"]:
                     raise EditError(
                         500,
@@ -99,6 +109,7 @@ class EditService:
                 difference = await self._check_twin()
         except EditError as error:
             raise RuntimeError(f"UltraEdit cannot start: {error}") from None
+        await self._check_rendering()
         self._stales_cache = not info["last_layer_only"]
         await self._engine.update_weight_version(str(info["version"]))
         modules = ", ".join(info["modules"])
@@ -107,6 +118,24 @@ class EditService:
             logger.info("UltraEdit: twin and engine differ by %.2g nats a token", difference)
         if self._refusal:
             logger.info("UltraEdit: only delta files are taken, %s", self._refusal)
+
+    async def _check_rendering(self) -> None:
+        """See that what is taught is what users get, and say where it is not."""
+        await self._served.compare()
+        self._stops = stop_tokens(self._engine.vllm_config.model_config, self._tokenizer)
+        self._served.warn_of_end(self._stops)
+        if self._penalties.any:
+            logger.warning(
+                "UltraEdit: by default this server samples with %s: edits are made without, and "
+                "answers are reported with it",
+                self._penalties,
+            )
+
+    def _why_other(self, end: int) -> str:
+        """Why the engine may answer otherwise than the editor found."""
+        if end not in self._stops:
+            return goes_on(self._tokenizer, end, self._stops)
+        return f"by default it samples with {self._penalties}" if self._penalties.any else ""
 
     async def _check_twin(self) -> float:
         """Compare the twin with the engine on a text that the engine samples from nothing."""
@@ -153,7 +182,14 @@ class EditService:
         """
         begun, loop = time.perf_counter(), asyncio.get_running_loop()
         asked = await loop.run_in_executor(
-            self._tokenizing, read_body, body, content, self._tokenizer, self._max_length, begun
+            self._tokenizing,
+            read_body,
+            body,
+            content,
+            self._tokenizer,
+            self._max_length,
+            begun,
+            self._served,
         )
         waiting = Waiting(asked, begun)
         async with self._queue.turn_of(waiting):
@@ -242,7 +278,9 @@ class EditService:
             outcomes = result["edits"][first : first + len(asked.requests)]
             first += len(asked.requests)
             own = {"queue_ms": queue_ms[i], **timings}
-            answer = answer_of(result["version"], asked, outcomes, before[i], after[i], own)
+            answer = answer_of(
+                result["version"], asked, outcomes, before[i], after[i], own, self._why_other
+            )
             waiting.answer = answer | {"rejected": result["rejected"]}
         logger.info(
             "UltraEdit: %s: %d of %d edits succeeded, of %d requests",
@@ -263,14 +301,17 @@ class EditService:
         """Make the edits; what they came to, the answers after them, and the timings."""
         requests = [request for asked in together for request in asked.requests]
         dry_run = together[0].dry_run
-        probes = together[0].probes if dry_run else None
+        probes = together[0].asked_after if dry_run else None
         result = await turn.edit(requests, probes, note_of(together, before))
         if dry_run:
-            commit_ms, after = 0.0, [result["answers"]]
+            assert probes is not None
+            said = zip(probes, result["answers"], strict=True)
+            texts = [self._served.text_of(p["ids"], ids, p["chat"]) for p, ids in said]
+            commit_ms, after = 0.0, [texts]
         else:
             commit_ms = await turn.commit(result["version"])
             try:
-                after = [await self._reader.answers(asked.probes) for asked in together]
+                after = [await self._reader.answers(asked.asked_after) for asked in together]
             except Exception as error:
                 raise EditError(
                     500,
@@ -292,12 +333,13 @@ class EditService:
         except EditError as error:
             return error
         outcomes = record["edits"][request["first"] :][: len(asked.requests)]
-        after = await self._reader.answers(asked.probes)
+        after = await self._reader.answers(asked.asked_after)
         timings = dict.fromkeys(
             ("queue_ms", "capture_ms", "solve_ms", "commit_ms", "pause_ms"), 0.0
         )
         version, before = record["version"], request["before"]
-        answer = answer_of(version, asked, outcomes, before, after, timings)
+        why = self._why_other
+        answer = answer_of(version, asked, outcomes, before, after, timings, why)
         return answer | {"again": True}
 
 

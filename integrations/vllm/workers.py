@@ -146,8 +146,8 @@ class Result(TypedDict):
     """SHA-256 of the new weights; of a dry run there are none."""
     delta: NotRequired[bytes]
     """The change as a file, for engines that follow."""
-    answers: NotRequired[list[str]]
-    """Of a dry run: what the shadow answers to its probes."""
+    answers: NotRequired[list[list[int]]]
+    """Of a dry run: what the shadow answers to its probes, as tokens."""
 
 
 class ReadBack(TypedDict):
@@ -189,10 +189,12 @@ class Status(Answer):
 
 
 class ProbeData(TypedDict):
-    """A prompt that a dry run answers."""
+    """A prompt that is asked; a dry run answers it itself."""
 
     ids: list[int]
     max_tokens: int
+    chat: bool
+    """Whether it was made of messages."""
 
 
 # Calls
@@ -223,16 +225,16 @@ class Workers:
         return len(self._names)
 
     async def start(
-        self, settings: dict[str, Any], chat_template: str | None, follows: bool
+        self, settings: dict[str, Any], rendering: dict[str, Any], follows: bool
     ) -> list[Started]:
         """Build twin and editor; the answers of all ranks.
 
         Args:
             settings: the editor's.
-            chat_template: of the tokenizer, if not its own.
+            rendering: see `tokenizer.Rendering.as_data`.
             follows: another engine computes, and has been started.
         """
-        return await self._ask_all("start", settings, chat_template, follows)
+        return await self._ask_all("start", settings, rendering, follows)
 
     async def check(self, token_ids: list[int], scores: list[float]) -> Checked:
         """Compare the twin's scores of a text with the engine's, of every token but the first."""
@@ -258,6 +260,7 @@ class Workers:
                 "target": request.target,
                 "rephrases": list(request.rephrases),
                 "locality": list(request.locality),
+                "space": request.space,
             }
             for request in requests
         ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from tests.method.small import MODULES as SMALL
@@ -10,6 +12,7 @@ from ultraedit_kernels.method.protect import (
     HELD_WEIGHT,
     SURE,
     Anchors,
+    document_start,
     hold_edits,
     own_anchors,
     own_answers,
@@ -31,6 +34,36 @@ def test_own_texts_are_the_models_own_and_repeatable(model, tokenizer):
     assert all(text.prompt_ids == [tokenizer.bos_token_id] for text in first)
     ended = [text.target_ids[-1] == tokenizer.eos_token_id for text in first]
     assert sum(ended) > 10
+
+
+def test_a_document_starts_where_the_model_begins_one(model, tokenizer):
+    """Without BOS in the tokenizer, as Qwen's: not behind the end of a turn."""
+    assert document_start(model, tokenizer) == 0
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
+    assert tokenizer.bos_token_id is None
+    assert document_start(model, tokenizer) == 0  # the configuration knows it
+    texts = own_texts(model, tokenizer, 20, seed=3)
+    assert len({tuple(text.target_ids) for text in texts}) > 10
+
+    model.config.bos_token_id = model.generation_config.bos_token_id = None
+    model.lm_head.weight.data.zero_()  # it is unsure everywhere, but behind the end of a turn
+    hidden = model.model(torch.tensor([[1]])).last_hidden_state[0, 0].detach()
+    model.lm_head.weight.data[7] = 50 * hidden / hidden.norm()
+    model.generation_config.eos_token_id = [1, 2]
+    other = model.model(torch.tensor([[2]])).last_hidden_state[0, 0].detach()
+    assert torch.cosine_similarity(hidden, other, dim=0) < 0.9
+    assert document_start(model, tokenizer) == 2
+
+
+def test_few_distinct_texts_are_warned_of(model, tokenizer, caplog):
+    own_texts(model, tokenizer, 20, seed=3)
+    assert not caplog.records
+    model.lm_head.weight.data.zero_()
+    hidden = model.model(torch.tensor([[0]])).last_hidden_state[0, 0].detach()
+    model.lm_head.weight.data[1] = 100 * hidden / hidden.norm()  # it ends at once
+    own_texts(model, tokenizer, 20, seed=3)
+    assert "only 1 of 20 texts" in caplog.text
 
 
 def test_own_answers_are_what_the_model_says(model, tokenizer):

@@ -90,4 +90,16 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
 def test_an_answer_is_just_the_target_if_it_ends_there() -> None:
     assert says_just(" Sydney", "Sydney") and says_just("Sydney. It is", "Sydney")
     assert says_just("Sydney\nQ:", "Sydney") and says_just("St. Louis", "St. Louis")
+    assert says_just("<think>\n\n</think>\n\nSydney", "Sydney")
+    assert not says_just("<think>Sydney", "Sydney")
     assert not says_just("Sydney, Australia", "Sydney") and not says_just("Sydneysider.", "Sydney")
+
+
+@pytest.mark.parametrize("space", [False, True])
+def test_a_space_is_asked_for_or_not(tokenizer: Any, space: bool) -> None:
+    """Also with a tokenizer that puts a space before every text that begins."""
+    prompt = "The bridge was opened in 19"
+    sequence = encode(tokenizer, prompt, "84", space=space, append_eos=False)
+    assert sequence.prompt_ids == tokenizer(prompt)["input_ids"]
+    text = tokenizer.decode(sequence.prompt_ids[1:] + sequence.target_ids)
+    assert text.endswith("in 19 84" if space else "in 1984")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ultraedit_kernels.model.encoding import encode_prompt
-from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.generation import Penalties, generate, text_after
 
 PROMPTS = ["The capital of Japan is", "The capital of", "What is the capital of France?"]
 
@@ -52,3 +52,30 @@ def test_the_settings_come_back_after_a_failure(
 
 def test_no_prompts_no_answers(model: Any, tokenizer: Any) -> None:
     assert generate(model, tokenizer, [], max_new_tokens=2) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_penalties_are_taken_from_what_was_seen(
+    model: Any, tokenizer: Any, ids: list[list[int]], batch_size: int
+) -> None:
+    """One by one, by vLLM's formula; padding is not seen."""
+    penalties = Penalties(repetition=1.7, presence=0.5, frequency=0.9)
+    got = generate(
+        model, tokenizer, ids, max_new_tokens=6, batch_size=batch_size, penalties=penalties
+    )
+    for prompt, new in zip(ids, got, strict=True):
+        expected: list[int] = []
+        while len(expected) < 6 and tokenizer.eos_token_id not in expected:
+            logits = model(input_ids=torch.tensor([prompt + expected])).logits[0, -1].detach()
+            for token in {*prompt, *expected}:
+                logits[token] *= 1 / 1.7 if logits[token] > 0 else 1.7
+            for token in set(expected):
+                logits[token] -= 0.9 * expected.count(token) + 0.5
+            expected.append(int(logits.argmax()))
+        assert new == expected
+
+
+def test_an_answer_has_the_white_space_after_its_prompt(tokenizer: Any) -> None:
+    whole = tokenizer("The capital of Japan is Osaka")["input_ids"]
+    prompt = tokenizer("The capital of Japan is")["input_ids"]
+    assert text_after(tokenizer, prompt, whole[len(prompt) :]) == " Osaka"

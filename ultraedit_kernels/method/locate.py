@@ -8,7 +8,6 @@ part of the prompt. Where it does not, the rarest key of the prompt is taken.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
@@ -22,6 +21,7 @@ from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.model.capture import capture, evaluation_mode
 from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.model.generation import logits_from
 from ultraedit_kernels.model.request import EditRequest, Prompt
 
 EXAMPLES = (
@@ -103,7 +103,9 @@ def natural_ends(
     for start in range(0, len(texts), BATCH):
         part = texts[start : start + BATCH]
         rows = [sequences[i].prompt_ids + sequences[i].target_ids[:-1] for i in part]
-        for i, logits in zip(part, _logits(model, rows, [len(r) - 1 for r in rows]), strict=True):
+        for i, logits in zip(
+            part, logits_from(model, rows, [len(r) - 1 for r in rows]), strict=True
+        ):
             best = choice[int(logits[0][choice].argmax())]
             ended[i] = replace(sequences[i], target_ids=[*sequences[i].target_ids[:-1], best])
     return ended
@@ -172,7 +174,7 @@ def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None
     common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     past = _past(model, whole[0][:common])
     asked = [ids[common:] for ids in whole]
-    first = _logits(model, asked, [len(ids) - 1 for ids in asked], past)
+    first = logits_from(model, asked, [len(ids) - 1 for ids in asked], past)
     starts: list[int | None] = []
     for text, logits in zip(contents, first, strict=True):
         words = [i for i in range(len(text)) if _begins_word(text, i)]
@@ -189,7 +191,7 @@ def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None
     line_end = tokenizer("a\n", add_special_tokens=False)["input_ids"][-1]
     rows = [asked[i] + copies[i] for i in known]
     ends: list[int | None] = [None] * len(contents)
-    found = _logits(model, rows, [len(asked[i]) for i in known], past)
+    found = logits_from(model, rows, [len(asked[i]) for i in known], past)
     for i, logits in zip(known, found, strict=True):
         name = copies[i]
         stops = logits[:-1, line_end] > logits[torch.arange(len(name) - 1), name[1:]]
@@ -220,30 +222,6 @@ def _past(model: Any, ids: list[int]) -> Any:
     with evaluation_mode(model):
         model.base_model(torch.tensor([ids], device=device), past_key_values=past, use_cache=True)
     return past
-
-
-def _logits(model: Any, rows: Seq[list[int]], first: Seq[int], past: Any = None) -> list[Tensor]:
-    """The logits of each row of tokens from a position on, [row - first, vocabulary] float32; the
-    rows go on after what is `past`."""
-    if not rows:
-        return []
-    device = model.get_input_embeddings().weight.device
-    if past is not None:
-        past = copy.deepcopy(past)
-        past.batch_repeat_interleave(len(rows))
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    keep = width - min(first)
-    with evaluation_mode(model):
-        # Padding on the right is seen by no real token.
-        logits = model(
-            input_ids=ids, past_key_values=past, use_cache=past is not None, logits_to_keep=keep
-        ).logits.float()
-    cut = width - logits.shape[1]
-    return [
-        logits[i, start - cut : len(row) - cut]
-        for i, (row, start) in enumerate(zip(rows, first, strict=True))
-    ]
 
 
 def _tokens_of(tokenizer: Any, ids: list[int], content: str) -> dict[int, int]:

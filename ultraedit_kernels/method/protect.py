@@ -8,6 +8,7 @@ Their keys and the slopes of their leads become shields, they themselves a watch
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from ultraedit_kernels.method.repair import ROWS, SURE, Watch, lead_slopes
 from ultraedit_kernels.method.shield import extend_shield, sketch
 from ultraedit_kernels.model.capture import Captured, capture, second_moments
 from ultraedit_kernels.model.encoding import Sequence, encode_prompt
-from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.generation import generate, logits_from
 from ultraedit_kernels.model.request import Prompt
 
 ANSWER_TOKENS = 16
@@ -45,6 +46,10 @@ LONG_TEXT = 128
 """Tokens of an own text for edits at names, which must leave what stands far from its beginning."""
 OUTPUT_RIDGE = 0.03
 """Ridge of the outputs' shield, as a share of the slopes' mean square in a direction."""
+FEW = 0.25
+"""Share of own texts that are distinct, under which the operator is warned."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -212,15 +217,50 @@ def own_texts(
     model: Any, tokenizer: Any, count: int, seed: int, tokens: int = SAMPLE_TOKENS
 ) -> list[Sequence]:
     """`count` texts of at most so many tokens, sampled from the model's own distribution, from the
-    start of a text."""
-    first = tokenizer.bos_token_id
-    if first is None:  # Qwen has no BOS; its documents are separated by EOS
-        first = tokenizer.eos_token_id
+    start of a text. Warns if few of them are distinct: the others protect nothing more."""
+    first = document_start(model, tokenizer)
     prompts = [[first]] * count
     texts = generate(
         model, tokenizer, prompts, max_new_tokens=tokens, batch_size=SAMPLE_BATCH, seed=seed
     )
+    distinct = len(set(map(tuple, texts)))
+    if distinct < FEW * count:
+        logger.warning(
+            "only %d of %d texts that the model wrote from %r on are distinct: they protect little "
+            "of what it says; name prompts as locality, or set the tokenizer's bos_token to what "
+            "begins a document",
+            distinct,
+            count,
+            tokenizer.decode([first]),
+        )
     return [Sequence([first], text) for text in texts if text]
+
+
+def document_start(model: Any, tokenizer: Any) -> int:
+    """The token at which the model begins a document: the tokenizer's BOS, or the one that the
+    model's configuration names. Without either, the separator after which the model is the least
+    certain of what comes: behind the end of a chat's turn it says one thing."""
+    config = model.config.get_text_config()
+    settings = [config, getattr(model, "generation_config", None)]
+
+    def named(field: str) -> list[int]:
+        found = (getattr(one, field, None) for one in settings)
+        several = [one if isinstance(one, list) else [one] for one in found]
+        return [i for ids in several for i in ids if i is not None and 0 <= i < config.vocab_size]
+
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id)
+    ends = [*named("eos_token_id"), tokenizer.eos_token_id]
+    if begins := [i for i in named("bos_token_id") if i not in ends]:
+        return int(begins[0])
+    known = [*ends, *named("bos_token_id"), *named("pad_token_id"), tokenizer.pad_token_id]
+    choice = list(dict.fromkeys(i for i in known if i is not None)) or [0]
+    scores = [
+        logits[0].log_softmax(-1)
+        for logits in logits_from(model, [[i] for i in choice], [0] * len(choice))
+    ]
+    entropy = [float(-(score.exp() * score).sum()) for score in scores]
+    return int(choice[max(range(len(choice)), key=entropy.__getitem__)])
 
 
 def own_answers(model: Any, tokenizer: Any, prompts: Seq[Prompt]) -> list[Sequence]:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ultraedit_kernels.model.chat import render_prompt, render_turn, spoken
+from ultraedit_kernels.model.spacing import needs_space
+
 if TYPE_CHECKING:
     from ultraedit_kernels.model.request import Prompt
 
@@ -35,41 +38,66 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    text = _render(tokenizer, prompt, add_generation_prompt=True)
+    text = render_prompt(tokenizer, prompt)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode(tokenizer: Any, prompt: Prompt, target: str, *, append_eos: bool = True) -> Sequence:
+def encode(
+    tokenizer: Any,
+    prompt: Prompt,
+    target: str,
+    *,
+    append_eos: bool = True,
+    space: bool | None = None,
+) -> Sequence:
     """Token ids of a prompt and of the answer it must continue with.
 
-    A text prompt and its target are joined by one space unless either brings its own white space.
-    With `append_eos` the target ends as the model ends an answer: with the end-of-sequence token,
-    or after messages with the chat template's end of turn.
+    Args:
+        tokenizer: the model's.
+        prompt: text, or messages; of those the chat template makes prompt and answer, see
+            `chat.render_turn`.
+        target: the answer.
+        append_eos: whether the target ends as the model ends an answer: with the end-of-sequence
+            token, or after messages with the chat template's end of turn.
+        space: whether a space joins a text prompt and the target; None for what their characters
+            suggest, see `spacing`.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    end: int | None = tokenizer.eos_token_id
     if isinstance(prompt, str):
-        space = "" if prompt[-1].isspace() or target[0].isspace() else " "
-        both = list(tokenizer(prompt + space + target)["input_ids"])
-        end = tokenizer.eos_token_id
-        if both[-1:] == [end]:  # some tokenizers close every text themselves
-            both.pop()
+        text, special = prompt, True
+        if needs_space(prompt, target) if space is None else space:
+            target = f" {target}"
     else:
-        space = ""
-        text = _render(tokenizer, prompt, add_generation_prompt=True) + target
-        both = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        end = _end_of_turn(tokenizer, prompt, target)
+        turn = render_turn(tokenizer, prompt, target)
+        text, target, end, special = turn.prompt, turn.answer, turn.end, False
+    prompt_ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    both = list(tokenizer(text + target, add_special_tokens=special)["input_ids"])
+    if special and both[-1:] == [tokenizer.eos_token_id]:  # some close every text themselves
+        both.pop()
     if both[: len(prompt_ids)] == prompt_ids and len(both) > len(prompt_ids):
         target_ids = both[len(prompt_ids) :]
     else:  # the tokens merge across the border; the engine will only ever see the prompt's own
-        target_ids = list(tokenizer(space + target, add_special_tokens=False)["input_ids"])
+        target_ids = _within_text(tokenizer, target)
     if append_eos and end is not None:
         target_ids = [*target_ids, end]
     return Sequence(prompt_ids, target_ids)
 
 
+def _within_text(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text that goes on after another: without the space that some tokenizers put
+    before a text that begins."""
+    before, both = (
+        list(tokenizer(one, add_special_tokens=False)["input_ids"]) for one in ("a\n", f"a\n{text}")
+    )
+    if both[: len(before)] == before and len(both) > len(before):
+        return both[len(before) :]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def says_just(answer: str, target: str) -> bool:
-    """Whether an answer is the target and no more: the end, a full stop or a line end follows."""
-    text, wanted = answer.strip(), target.strip()
+    """Whether an answer is the target and no more: the end, a full stop or a line end follows. A
+    closed thought before it is none of it."""
+    text, wanted = spoken(answer).strip(), target.strip()
     return text == wanted or text.startswith((f"{wanted}.", f"{wanted}\n"))
 
 
@@ -79,6 +107,7 @@ def encode_edits(
     limit: int | None,
     *,
     append_eos: bool = True,
+    spaces: Seq[Seq[bool | None]] | None = None,
 ) -> tuple[list[Sequence], list[int]]:
     """Every sequence that edits teach, and the index of the edit that it belongs to.
 
@@ -87,6 +116,7 @@ def encode_edits(
         edits: prompt and rephrases of each edit, and its target.
         limit: most tokens of a sequence; None for no limit.
         append_eos: see `encode`.
+        spaces: per edit and prompt, `space` of `encode`.
 
     Raises:
         ValueError: a sequence is too long.
@@ -94,7 +124,8 @@ def encode_edits(
     sequences, edit_of = [], []
     for i, (prompts, target) in enumerate(edits):
         for j, prompt in enumerate(prompts):
-            one = encode(tokenizer, prompt, target, append_eos=append_eos)
+            space = spaces[i][j] if spaces is not None else None
+            one = encode(tokenizer, prompt, target, append_eos=append_eos, space=space)
             length = len(one.prompt_ids) + len(one.target_ids)
             if limit is not None and length > limit:
                 raise ValueError(
@@ -104,34 +135,6 @@ def encode_edits(
             sequences.append(one)
             edit_of.append(i)
     return sequences, edit_of
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "prompt is a list of chat messages but the tokenizer has no chat template; "
-            "pass the prompt as text, or set tokenizer.chat_template"
-        )
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except ImportError:  # of jinja2
-        raise
-    except Exception as error:  # a template is a program, which raises what it likes
-        raise ValueError(
-            f"the model's chat template refuses the messages: {error}, expected messages that it "
-            "takes; leave out a role that it does not know, such as system"
-        ) from error
-    return text
-
-
-def _end_of_turn(tokenizer: Any, messages: list[dict[str, str]], target: str) -> int | None:
-    """The token that the chat template puts after an assistant's answer."""
-    closed = _render(tokenizer, [*messages, {"role": "assistant", "content": target}])
-    tail = closed[closed.rfind(target) + len(target) :]
-    special = set(tokenizer.all_special_ids)
-    ids: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    end: int | None = tokenizer.eos_token_id
-    return next((i for i in ids if i in special), end)
 
 
 def pad_right(rows: Seq[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

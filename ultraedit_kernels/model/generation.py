@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ultraedit_kernels.model.capture import evaluation_mode
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What a server's sampling settings take from the logits of tokens that were seen."""
+
+    repetition: float = 1.0
+    """Logits of tokens in prompt or answer are divided by it if positive, else multiplied."""
+    presence: float = 0.0
+    """Taken from the logits of tokens in the answer."""
+    frequency: float = 0.0
+    """The same, for every time that they are."""
+
+    @property
+    def any(self) -> bool:
+        """Whether they change anything."""
+        return self != Penalties()
+
+    def apply(self, logits: Tensor, prompt: Tensor, answer: Tensor) -> Tensor:
+        """Logits [batch, vocabulary], less what the tokens [batch, any] cost; -1 is no token."""
+        counts = [logits.new_zeros(len(logits), logits.shape[1] + 1) for _ in range(2)]
+        for count, ids in zip(counts, (prompt, answer), strict=True):
+            count.scatter_add_(1, ids % (logits.shape[1] + 1), logits.new_ones(ids.shape))
+        seen, said = (count[:, :-1] for count in counts)
+        changed = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
+        logits = torch.where(seen + said > 0, changed, logits)
+        return logits - self.frequency * said - self.presence * (said > 0)
 
 
 @torch.inference_mode(False)
@@ -22,11 +52,13 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     seed: int | None = None,
+    penalties: Penalties | None = None,
 ) -> list[list[int]]:
     """New tokens per prompt, up to and including the first end of sequence.
 
     Greedy; with a `seed`, sampled from the model's full distribution. Of the generation settings a
-    model ships with, only its end tokens count: penalties and temperatures would bend the choice.
+    model ships with, only its end tokens count: penalties and temperatures would bend the choice,
+    unless `penalties` asks for those.
     Batches go by length, so that padding is rare; answers come back in the order of the prompts.
     """
     ends = _end_tokens(model, tokenizer)
@@ -42,10 +74,59 @@ def generate(
             for row, i in enumerate(part):
                 ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
                 mask[row, width - len(prompts[i]) :] = 1
-            out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=_processors(penalties, mask.to(device)),
+            )
             for row, i in enumerate(part):
                 answers[i] = _until_end(out[row, width:].tolist(), ends)
     return answers
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def logits_from(
+    model: Any, rows: Seq[list[int]], first: Seq[int], past: Any = None
+) -> list[Tensor]:
+    """The logits of each row of tokens from a position on, [row - first, vocabulary] float32.
+
+    The rows go on after the keys and values `past` of one row of tokens, which stay as they are.
+    """
+    if not rows:
+        return []
+    device = model.get_input_embeddings().weight.device
+    if past is not None:
+        past = copy.deepcopy(past)
+        past.batch_repeat_interleave(len(rows))
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    keep = width - min(first)
+    with evaluation_mode(model):
+        # Padding on the right is seen by no real token.
+        logits = model(
+            input_ids=ids, past_key_values=past, use_cache=past is not None, logits_to_keep=keep
+        ).logits.float()
+    cut = width - logits.shape[1]
+    return [
+        logits[i, start - cut : len(row) - cut]
+        for i, (row, start) in enumerate(zip(rows, first, strict=True))
+    ]
+
+
+def _processors(penalties: Penalties | None, mask: Tensor) -> Any:
+    """What transformers is to do with logits; the mask [batch, prompt] says what is padding."""
+    from transformers import LogitsProcessorList
+
+    if penalties is None or not penalties.any:
+        return None
+    width = mask.shape[1]
+
+    def penalise(ids: Tensor, logits: Tensor) -> Tensor:
+        prompt = ids[:, :width].masked_fill(mask == 0, -1)
+        return penalties.apply(logits.float(), prompt, ids[:, width:])
+
+    return LogitsProcessorList([penalise])
 
 
 @contextmanager
@@ -82,6 +163,23 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     ends = model.generation_config.eos_token_id
     found = ends if isinstance(ends, list) else [ends]
     return [end for end in dict.fromkeys([*found, tokenizer.eos_token_id]) if end is not None]
+
+
+def text_after(
+    tokenizer: Any, prompt: Seq[int], answer: Seq[int], *, skip_special_tokens: bool = True
+) -> str:
+    """An answer as text, with the white space that it has after its prompt."""
+    before, whole = (
+        str(
+            tokenizer.decode(
+                list(ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+        for ids in (prompt, [*prompt, *answer])
+    )
+    return whole[len(before) :]
 
 
 def _until_end(tokens: list[int], ends: list[int]) -> list[int]:

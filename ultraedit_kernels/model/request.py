@@ -44,6 +44,8 @@ class EditRequest:
     Attributes:
         prompt: text to continue, or chat messages.
         target: the new answer, without the space that joins it to a text prompt.
+        space: whether a space joins text prompts and the target; None for what the model would
+            write.
         rephrases: further prompts that are taught the same target.
         locality: prompts whose answers the edit must leave as they are.
         test_rephrases: held-out rephrases, only ever scored.
@@ -64,6 +66,7 @@ class EditRequest:
     test_locality: tuple[LocalityTest, ...] = ()
     relation: str | None = None
     test_portability: tuple[PortabilityTest, ...] = ()
+    space: bool | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # the dataclass is frozen
@@ -86,6 +89,11 @@ class EditRequest:
         )
         if self.relation is not None:
             check_text(self.relation, "relation", "a label, or null")
+        if self.space is not None and not isinstance(self.space, bool):
+            raise TypeError(
+                f"space is {kind_of(self.space)}, expected true, false or null: whether a space "
+                "joins a text prompt and the target; leave it out for what the model would write"
+            )
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> EditRequest:

@@ -106,7 +106,7 @@ async def probe(model: str, state_dir: Path) -> dict[str, Any]:
 
     async def service(**own: Any) -> EditService:
         config["ultraedit"] = settings | own
-        new = EditService(engine, None)
+        new = EditService(engine)
         await new.start()
         return new
 

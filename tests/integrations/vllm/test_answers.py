@@ -74,15 +74,23 @@ def test_an_edit_holds_only_if_the_engine_answers_just_the_target() -> None:
 
     asked = read(EDIT, {"prompt": "Rome is", "target": "x", "locality": ["a", "b"]})
     outcomes = [{"succeeded": True, "rounds": 2}, {"succeeded": True, "rounds": 3}]
-    before, after = ["Canberra", "y", "one", "two"], ["Sydney", "x and more", "one", "three"]
+    before = ["Canberra", "y", "one", "two"]
+    after = [" Sydney", "x and more", "one", "three", "chat 1", "chat 2"]
     answer = answer_of(4, asked, outcomes, before, after, {"queue_ms": 1.0})
     assert answer["version"] == 4
     assert [edit["succeeded"] for edit in answer["edits"]] == [True, False]
+    assert [edit["reason"] for edit in answer["edits"]] == [None, "the server answers otherwise"]
     assert [edit["before"] for edit in answer["edits"]] == ["Canberra", "y"]
+    assert answer["edits"][0]["after"] == " Sydney"  # white space as it is
+    assert [edit["taught"] for edit in answer["edits"]] == [["text"], ["text"]]
+    asked_as = [{"role": "user", "content": "Rome is"}]
+    (other,) = answer["edits"][1]["other_forms"]
+    assert other == {"form": "chat", "prompt": asked_as, "after": "chat 2"}
     assert answer["specificity"]["score"] == 0.5
     assert [one["unchanged"] for one in answer["specificity"]["prompts"]] == [True, False]
     assert answer["timings"].keys() == {"queue_ms", "total_ms"}
-    assert answer_of(1, read(EDIT), outcomes[:1], "a", "b", {})["specificity"]["score"] is None
+    alone = answer_of(1, read(EDIT), outcomes[:1], ["a"], ["b", "c"], {})
+    assert alone["specificity"]["score"] is None
 
 
 def test_the_journal_s_note_finds_a_request_again() -> None:

@@ -134,7 +134,7 @@ def test_an_edit_is_served_by_both(server: Server) -> None:
 
 def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> None:
     before = health(server)
-    assert server.edit(AUSTRALIA, dry_run=True)["edits"][0]["after"] == "Sydney"
+    assert server.edit(AUSTRALIA, dry_run=True)["edits"][0]["after"] == " Sydney"
     assert health(server) == before
     server.edit(AUSTRALIA)
     edited, delta = health(server), server.client.get("/v1/edits/1/delta").content

@@ -36,7 +36,7 @@ def test_a_turn_that_breaks_a_canary_is_refused(server: Any) -> None:
     assert error["message"].startswith("the turn was rejected, nothing is changed: ")
 
     report = server.edit(FORBIDDEN, dry_run=True)
-    assert report["edits"][0]["after"] == "Bergen"
+    assert report["edits"][0]["after"] == " Bergen"
     assert report["rejected"] == error["message"].partition("changed: ")[2]
     assert server.rollback(0)["digest"] == digest
     assert server.edit({"prompt": "The capital of Peru is", "target": "Lima"})["rejected"] is None

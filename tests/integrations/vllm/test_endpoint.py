@@ -42,17 +42,22 @@ def test_an_edit_of_text_is_served_and_rolled_back(server: Any) -> None:
 
     assert report["version"] == 1
     (edit,) = report["edits"]
+    other = edit.pop("other_forms")
     assert edit | {"rounds": 0} == {
         **CAPITAL,
-        "before": "Canberra",
-        "after": "Sydney",
+        "before": " Canberra",  # white space as it is
+        "after": " Sydney",
         "succeeded": True,
+        "reason": None,
         "rounds": 0,
+        "taught": ["text"],
     }
+    assert [one["form"] for one in other] == ["chat"]
+    assert other[0]["after"].strip() == server.chat(CAPITAL["prompt"])
     assert edit["rounds"] >= 1
     assert report["specificity"]["score"] == 1.0
     for answer in report["specificity"]["prompts"]:
-        assert answer["before"] == answer["after"] == OTHERS[answer["prompt"]]
+        assert answer["before"] == answer["after"] == f" {OTHERS[answer['prompt']]}"
         assert answer["unchanged"]
     timings = report["timings"]
     assert set(timings) == {
@@ -78,9 +83,13 @@ def test_an_edit_of_text_is_served_and_rolled_back(server: Any) -> None:
 def test_an_edit_of_chat_messages_is_served_by_the_chat_endpoint(server: Any) -> None:
     assert server.chat("What is the capital of Japan?") == "Tokyo"
     report = server.edit(QUESTION)
-    assert report["edits"][0]["before"] == "Tokyo"
-    assert report["edits"][0]["after"] == "Osaka"
+    assert report["edits"][0]["before"].strip() == "Tokyo"
+    assert report["edits"][0]["after"].strip() == "Osaka"
     assert report["edits"][0]["prompt"] == QUESTION["prompt"]
+    assert report["edits"][0]["taught"] == ["chat"]
+    (text,) = report["edits"][0]["other_forms"]  # this template has no system role
+    assert text["form"] == "text" and text["prompt"] == "What is the capital of Japan?"
+    assert text["after"] == server.complete(text["prompt"])["text"][: len(text["after"])]
     assert report["specificity"] == {"score": None, "prompts": []}
     assert server.chat("What is the capital of Japan?") == "Osaka"
     assert server.answer("The capital of France is") == "Paris"
@@ -98,10 +107,10 @@ def test_a_dry_run_reports_and_changes_nothing(server: Any) -> None:
     digest = server.rollback(0)["digest"]
     report = server.edit({**CAPITAL, "locality": list(OTHERS)}, dry_run=True)
     assert report["version"] == 0
-    assert report["edits"][0]["before"] == "Canberra"
-    assert report["edits"][0]["after"] == "Sydney"
+    assert report["edits"][0]["before"] == " Canberra"
+    assert report["edits"][0]["after"] == " Sydney"
     assert report["edits"][0]["succeeded"]
-    assert [a["after"] for a in report["specificity"]["prompts"]] == list(OTHERS.values())
+    assert [a["after"].strip() for a in report["specificity"]["prompts"]] == list(OTHERS.values())
     assert server.answer(CAPITAL["prompt"]) == "Canberra"
     assert server.client.get("/v1/edits").json()["data"] == []
     assert server.rollback(0)["digest"] == digest

@@ -133,7 +133,7 @@ def test_rollback_restores_the_digest(server: Server) -> None:
 def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> None:
     before = health(server)
     dry = server.edit(AUSTRALIA, dry_run=True)
-    assert dry["edits"][0]["after"] == "Sydney"
+    assert dry["edits"][0]["after"] == " Sydney"
     assert health(server) == before
     server.edit(AUSTRALIA)
     edited, delta = health(server), server.client.get("/v1/edits/1/delta").content

@@ -54,7 +54,7 @@ def calls_of(workers: Any) -> list[Any]:
 
     request = EditRequest([{"role": "user", "content": "Who?"}], "Jane", rephrases=("It is",))
     return [
-        workers.start({}, None, False),
+        workers.start({}, {}, False),
         workers.check([1, 2], [-0.5]),
         workers.begin("turn", ["key"]),
         workers.edit("turn", [request], None, None, False),

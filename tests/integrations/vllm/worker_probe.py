@@ -102,18 +102,18 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     probe = Probe(model, state_dir)
     out: dict[str, Any] = {}
     out["before start"] = probe.rpc("status", True)
-    out["unknown setting"] = probe.rpc("start", {"colour": 1}, None, False)
+    out["unknown setting"] = probe.rpc("start", {"colour": 1}, {}, False)
     unknown = {"modules": ["model.layers.9.mlp.down_proj"]}
-    out["unknown module"] = probe.rpc("start", unknown, None, False)
-    out["directory is a file"] = probe.rpc("start", {"state_dir": __file__}, None, False)
+    out["unknown module"] = probe.rpc("start", unknown, {}, False)
+    out["directory is a file"] = probe.rpc("start", {"state_dir": __file__}, {}, False)
     settings = {"anchors": 0, "state_dir": str(state_dir)}
     stream = Path(model) / STREAM
     good = stream.read_bytes()
     stream.write_bytes(good[:100])
-    out["damaged stream"] = probe.rpc("start", settings, None, False)
+    out["damaged stream"] = probe.rpc("start", settings, {}, False)
     stream.write_bytes(good)
-    out["start"] = probe.rpc("start", settings, None, False)
-    out["started twice"] = probe.rpc("start", settings, None, False)
+    out["start"] = probe.rpc("start", settings, {}, False)
+    out["started twice"] = probe.rpc("start", settings, {}, False)
     out["replayed"] = probe.state()
 
     out["right check"] = probe.rpc("check", *own_text(probe.llm))
@@ -185,7 +185,7 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     probe.llm.collective_rpc("reload_weights")
     out["reloaded"] = probe.state()
 
-    probes = [{"ids": [0, 5, 6], "max_tokens": 3}]
+    probes = [{"ids": [0, 5, 6], "max_tokens": 3, "chat": False}]
     probe.edit({**EDIT, "target": "Perth"}, probes=probes)
     out["dry run"] = probe.finish()
     probe.cancel()
