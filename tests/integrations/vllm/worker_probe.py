@@ -65,7 +65,7 @@ class Probe:
         return self.rpc("edit", "one", list(edits), probes, note, False)
 
     def step(self, turn: str = "one") -> dict[str, Any]:
-        return self.rpc("step", turn, 5.0)
+        return self.rpc("step", turn)
 
     def cancel(self, turn: str = "one") -> dict[str, Any]:
         return self.rpc("cancel", turn)
