@@ -75,7 +75,7 @@ def test_every_rpc_is_called_as_the_worker_expects() -> None:
     from ultraedit_kernels import EditRequest
     from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension
 
-    client = Client({"done": True, "data": b""})
+    client = Client({"done": True, "beside": False, "longest": 0.0, "data": b""})
 
     async def call() -> None:
         for one in calls_of(engines_of(client).leader):
