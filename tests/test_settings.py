@@ -81,9 +81,9 @@ def test_the_editor_has_its_settings_and_defaults() -> None:
         ("max_lost", "0.1"),
         ("canaries", {"prompt": "A", "answer": "B"}),
         ("traffic", -1),
-        ("slice_ms", 0),
-        ("slice_ms", "5"),
-        ("slice_ms", True),
+        ("stretch", 1),
+        ("stretch", "5"),
+        ("stretch", True),
         ("reset_prefix_cache", 1),
         ("running_requests", "abort"),
         ("max_queue", 0),
@@ -144,9 +144,9 @@ def test_what_an_audience_may_not_set_is_refused_with_a_reason(
 
 
 def test_groups_are_told_apart() -> None:
-    given = {"anchors": 3, "slice_ms": 2.5, "running_requests": "wait", "max_edits": 9}
+    given = {"anchors": 3, "stretch": 2.5, "running_requests": "wait", "max_edits": 9}
     serving = ServingSettings(**only(given, ServingSettings))
-    assert serving == ServingSettings(slice_ms=2.5, running_requests="wait")
+    assert serving == ServingSettings(stretch=2.5, running_requests="wait")
     assert only(given, EditorSettings, MethodSettings) == {"anchors": 3}
     assert RouteSettings(**only(given, RouteSettings)) == RouteSettings(max_edits=9)
 

@@ -103,6 +103,7 @@ def _choice(*names: str) -> Kind:
 
 
 ABOVE_ZERO = Kind("a number above 0", lambda x: _is_number(x) and x > 0, float, type=float)
+ABOVE_ONE = Kind("a number above 1", lambda x: _is_number(x) and x > 1, float, type=float)
 FROM_ZERO = Kind(
     "a number from 0", lambda x: _is_number(x) and x >= 0, float, type=float, least=0.0
 )
@@ -319,13 +320,12 @@ class ServingSettings:
         serve="--edit-traffic",
         unset="none",
     )
-    slice_ms: float = _setting(
-        4.0,
-        ABOVE_ZERO,
-        "Milliseconds that the engine may be kept from stepping at a time while a turn is "
-        "prepared.",
-        serve="--edit-slice-ms",
-        metavar="MS",
+    stretch: float = _setting(
+        1.5,
+        ABOVE_ONE,
+        "Times as long that an engine step may take, and so the wait for a token, while a turn is "
+        "prepared beside running requests.",
+        serve="--edit-stretch",
     )
     reset_prefix_cache: bool = _setting(
         True,

@@ -29,13 +29,8 @@ from ultraedit_kernels.settings import ServingSettings
 
 logger = init_logger("vllm.ultraedit")
 
-STEPS = 3
-"""Steps that an engine with requests makes between two slices, besides the one that it is at. Only
-so many of them are held up, and a commit, which holds up two, comes as seldom."""
-IDLE_MS = 2.5
-"""An engine that keeps a slice waiting for less has no steps to make."""
-POLL = 0.002
-"""Seconds between two questions whether work that goes on beside the engine is done."""
+POLL = 0.005
+"""Seconds between two questions whether work that goes on without being told is done."""
 LEASE = 60.0
 """Seconds after which a turn is dropped whose server is not heard of."""
 BUSY = 0.05
@@ -219,18 +214,14 @@ class Turn:
             )
 
     async def _work(self, workers: Workers, refusal: int = 500) -> Any:
-        """Do the turn's work, slice by slice."""
+        """Have the turn's work done, slice by slice."""
         while True:
-            asked = time.perf_counter()
-            step = workers.step(self.id, self._settings.slice_ms, refusal)
-            answer = await self._slice(step)
+            answer = await self._slice(workers.step(self.id, refusal))
+            self.pause_ms = max(self.pause_ms, answer["longest"])
             if answer["done"]:
                 return answer["result"]
             if answer["beside"]:
                 await asyncio.sleep(POLL)
-            elif ms_since(asked) - answer["ms"] > IDLE_MS:
-                for _ in range(STEPS):
-                    await self._client.is_paused()  # is answered between two steps
 
     async def _slice(self, call: Awaitable[A]) -> A:
         """A call that is part of the turn: the engine cannot step while it runs."""

@@ -45,28 +45,29 @@ def follow_weights(worker: Any, sleeping: Callable[[], None], loaded: Callable[[
     worker.reload_weights = after(worker.reload_weights)
 
 
-def watch_prompts(worker: Any, seen: Callable[[list[list[int]]], None]) -> None:
-    """Show the token ids of the users' prompts, after the engine step that begins with them.
+def follow_steps(worker: Any, stepped: Callable[[list[list[int]]], None]) -> None:
+    """Come in after every engine step.
 
     Args:
         worker: vLLM's.
-        seen: called after every step, with the prompts that are not the service's own and use no
-            adapter.
+        stepped: called with the token ids of the prompts that the step has begun with, without the
+            service's own and those that use an adapter.
     """
     execute = worker.execute_model
 
     @functools.wraps(execute)
     def call(scheduled: Any, *args: Any, **options: Any) -> Any:
         result = execute(scheduled, *args, **options)
-        seen(
-            [
-                request.prompt_token_ids
-                for request in scheduled.scheduled_new_reqs
-                if request.prompt_token_ids
-                and request.lora_request is None
-                and not request.req_id.startswith(OWN_REQUESTS)
-            ]
-        )
+        if scheduled.total_num_scheduled_tokens:  # or it only clears away finished requests
+            stepped(
+                [
+                    request.prompt_token_ids
+                    for request in scheduled.scheduled_new_reqs
+                    if request.prompt_token_ids
+                    and request.lora_request is None
+                    and not request.req_id.startswith(OWN_REQUESTS)
+                ]
+            )
         return result
 
     worker.execute_model = call

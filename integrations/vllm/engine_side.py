@@ -27,9 +27,9 @@ import torch
 
 from ultraedit_kernels.editor import Editor
 from ultraedit_kernels.integrations.vllm import engine_work as work
-from ultraedit_kernels.integrations.vllm.engine_hooks import follow_weights, watch_prompts
+from ultraedit_kernels.integrations.vllm.engine_hooks import follow_steps, follow_weights
 from ultraedit_kernels.integrations.vllm.engine_start import build_parts, last_layer_only
-from ultraedit_kernels.integrations.vllm.slices import Slices
+from ultraedit_kernels.integrations.vllm.slices import Pace, Slices
 from ultraedit_kernels.integrations.vllm.tokenizer import penalties_of
 from ultraedit_kernels.integrations.vllm.traffic import Traffic
 from ultraedit_kernels.integrations.vllm.twin import Twin
@@ -144,9 +144,9 @@ class EngineSide:
             self._penalties = penalties_of(self.worker.vllm_config.model_config)
             self._publish()
             follow_weights(self.worker, self._drop_turn, self._republish)
-            if parts.traffic:
-                self.traffic = Traffic(parts.traffic)
-                watch_prompts(self.worker, self._sample)
+            self.traffic = Traffic(size) if (size := parts.serving.traffic) else None
+            self.pace = Pace(parts.serving.stretch)
+            follow_steps(self.worker, self._stepped)
         editor = self.editor
         return {
             "version": editor.version,
@@ -158,9 +158,8 @@ class EngineSide:
     @rpc
     def check(self, token_ids: list[int], scores: list[float]) -> Checked:
         """Compare the twin's scores of a text with the engine's, of every token but the first."""
-        _ = self.editor
-        mode = self.worker.vllm_config.model_config.logprobs_mode
-        self._difference = self.twin.check(token_ids, scores, mode)
+        _, config = self.editor, self.worker.vllm_config.model_config
+        self._difference = self.twin.check(token_ids, scores, config.logprobs_mode)
         return {"difference": self._difference}
 
     @rpc
@@ -169,9 +168,8 @@ class EngineSide:
         editor = self.editor
         if self.foreign:
             raise RuntimeError(
-                f"the engine's weights are not those of version {self.live}: they were "
-                "loaded from elsewhere, or not yet since a level-2 sleep; reload the checkpoint's "
-                "(reload_weights), or restart the server"
+                f"the engine's weights are not those of version {self.live}: they were loaded from "
+                "elsewhere, or not yet since a level-2 sleep; reload_weights, or restart the server"
             )
         if (other := self.turn) is not None and self.follows:
             self.cancel(other.id)  # the first engine knows whose turn it is
@@ -242,14 +240,15 @@ class EngineSide:
         return self._work(turn, work.private(replay))
 
     @rpc
-    def step(self, turn: str, ms: float) -> Step:
-        """One slice, of about `ms` milliseconds. What is done stays done."""
+    def step(self, turn: str) -> Step:
+        """A slice of work, unless the engine has requests: slices then follow its steps. What is
+        done stays done."""
         slices = self._ours(turn).work
         if slices is None:
             raise LostTurn(f"turn {turn} has nothing to do")
-        if slices.step(ms):
-            return {"done": True, "result": slices.result}
-        return {"done": False, "beside": slices.private}
+        done, beside = self.pace.when_asked(slices)
+        result = slices.result if done else None
+        return {"done": done, "beside": beside, "longest": slices.longest, "result": result}
 
     @rpc
     def commit(self, turn: str) -> Live:
@@ -387,15 +386,19 @@ class EngineSide:
             served = self.editor.history()[version - 1]["digest"] if version else None
             self.foreign = digest_all(live) != served
 
-    def _sample(self, prompts: list[list[int]]) -> None:
-        """Offer prompts to the sample. If that fails no more are taken; they are served anyhow."""
+    def _stepped(self, prompts: list[list[int]]) -> None:
+        """After an engine step: a slice of the turn's work, or keys of the prompts."""
+        self.pace.after_step(None if self.turn is None else self.turn.work, self.together)
         # In a turn the twin has the turn's weights, not those that are served.
-        if self.traffic is None or self.turn is not None:
-            return
+        if self.turn is None and self.traffic is not None:
+            self._sample(self.traffic, prompts)
+
+    def _sample(self, traffic: Traffic, prompts: list[list[int]]) -> None:
+        """Offer prompts to the sample. If that fails no more are taken; they are served anyhow."""
         try:
             with torch.inference_mode(False), self.together():
                 for prompt in prompts:
-                    self.traffic.offer(self.editor.model, self.editor.modules, prompt)
+                    traffic.offer(self.editor.model, self.editor.modules, prompt)
         except Exception:
             logger.exception("UltraEdit: no more keys of live traffic are taken")
             self.traffic = None

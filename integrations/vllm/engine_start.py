@@ -11,7 +11,7 @@ from ultraedit_kernels.integrations.vllm.tokenizer import Rendering, load_tokeni
 from ultraedit_kernels.integrations.vllm.twin import Twin, build_twin, build_weights
 from ultraedit_kernels.method.memory import STREAM
 from ultraedit_kernels.model.parallel import together
-from ultraedit_kernels.settings import EditorSettings, MethodSettings, check, only
+from ultraedit_kernels.settings import EditorSettings, MethodSettings, ServingSettings, check, only
 
 SLICE = 10
 """Sequences that a turn captures in one slice, if no batch size is given."""
@@ -23,8 +23,8 @@ class Parts:
 
     editor: Editor
     twin: Twin
-    traffic: int
-    """Keys of live traffic to hold still, per module."""
+    serving: ServingSettings
+    """What a turn may take."""
 
 
 def build_parts(
@@ -34,7 +34,7 @@ def build_parts(
 
     Args:
         worker: vLLM's.
-        settings: the operator's; those of the editor, and `traffic`, are taken.
+        settings: the operator's.
         rendering: the server's, see `tokenizer.Rendering`.
         follows: another engine computes, and has been started.
 
@@ -47,7 +47,7 @@ def build_parts(
     tokenizer = load_tokenizer(config, Rendering(**rendering))
     computes = not follows and config.parallel_config.pipeline_parallel_size == 1
     settings = _settings(settings, computes, follows)
-    traffic = settings.get("traffic", 0)
+    serving = ServingSettings(**only(settings, ServingSettings))
     settings = only(settings, MethodSettings, EditorSettings)
     build = build_twin if computes else build_weights
     twin = build(worker.get_model(), config, settings.get("modules", "auto"))
@@ -67,7 +67,7 @@ def build_parts(
                 raise
             raise ValueError(f"{error} (state directory: {where})") from error
         editor.prepare()  # or it is the longest slice of the first turn
-    return Parts(editor, twin, traffic)
+    return Parts(editor, twin, serving)
 
 
 def _settings(settings: dict[str, Any], computes: bool, follows: bool) -> dict[str, Any]:

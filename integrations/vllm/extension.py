@@ -62,9 +62,9 @@ class UltraEditExtension:
         """Begin to take the shadow back to a version."""
         return engine_side(self).rollback(turn, version)
 
-    def ultraedit_step(self, turn: str, ms: float) -> workers.Step:
+    def ultraedit_step(self, turn: str) -> workers.Step:
         """Do one slice of the turn."""
-        return engine_side(self).step(turn, ms)
+        return engine_side(self).step(turn)
 
     def ultraedit_commit(self, turn: str) -> workers.Live:
         """Make the shadow live."""

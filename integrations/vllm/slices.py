@@ -1,4 +1,5 @@
-"""Work in slices: it runs in a thread of its own, and only while the worker waits for it.
+"""Work in slices: it runs in a thread of its own, and only while the worker waits for it, after an
+engine step for a share of the time that a step takes.
 
 The engine cannot step during a slice, so a slice must be short whatever the work does. The thread
 looks at the clock before every operation of PyTorch, and in a backward pass at every layer; when
@@ -12,9 +13,12 @@ import contextlib
 import functools
 import math
 import os
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -26,8 +30,80 @@ from ultraedit_kernels.model.parallel import ranks_of
 PRIVATE = "record"
 """What the work yields when the rest of it uses nothing that is served, see `Editor.steps`: that
 goes on beside the engine."""
+IDLE_SLICE = 20.0
+"""Milliseconds of a slice in an idle engine: so long may a request wait that comes meanwhile."""
 SYNCHRONISE = 8
 """Operations by which an accelerator may lie behind the clock."""
+STEPS = 9
+"""Of so many steps the median is what a step takes: few are prompts, or waits for requests."""
+
+
+class Pace:
+    """How much work goes between the steps of an engine that has requests.
+
+    Work that took longer than it was given is made up for: there is none after the next steps.
+
+    Args:
+        stretch: times as long that a step may take with the work after it.
+    """
+
+    def __init__(self, stretch: float) -> None:
+        self._share = stretch - 1
+        self._steps: deque[float] = deque(maxlen=STEPS)
+        self._last: float | None = None
+        self._worked = 0.0
+        self._left = 0.0
+        self._asked = self._count = 0
+
+    def stepped(self, now: float) -> float:
+        """The engine has stepped: seconds of work that may follow.
+
+        Args:
+            now: the clock, seconds.
+        """
+        if self._last is not None:
+            self._steps.append(now - self._last - self._worked)
+        self._last, self._worked = now, 0.0
+        self._count += 1
+        share = self._share * statistics.median(self._steps) if self._steps else 0.0
+        self._left = min(self._left + share, share)
+        return max(self._left, 0.0)
+
+    def worked(self, seconds: float) -> None:
+        """Work has kept the engine from its next step for that long."""
+        self._worked += seconds
+        self._left -= seconds
+
+    def after_step(
+        self, slices: Slices | None, together: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """To be called after each engine step: a slice of the work, if there is some. What the work
+        raises the next `Slices.step` raises.
+
+        Args:
+            together: ranks fail together in it.
+        """
+        start = time.perf_counter()
+        seconds = self.stepped(start)
+        if slices is not None and not slices.ended:
+            try:
+                with torch.inference_mode(False), together():
+                    slices.step(seconds * 1e3)
+            except Exception as error:
+                slices.fail(error)
+            self.worked(time.perf_counter() - start)
+
+    def when_asked(self, slices: Slices) -> tuple[bool, bool]:
+        """A slice of the work, if the engine has made no step since this was last called. Ranks
+        agree on that, as what they are told comes in one order.
+
+        Returns: whether the work is done, and whether it goes on without this.
+        """
+        idle, self._asked = self._asked == self._count, self._count
+        start = time.perf_counter()
+        done = slices.step(IDLE_SLICE if idle else 0.0)
+        self._worked += time.perf_counter() - start
+        return done, slices.private or not idle
 
 
 class Slices:
@@ -55,22 +131,35 @@ class Slices:
         self._error: BaseException | None = None
         self.result: Any = None
         """What the work returned, once it is done."""
+        self.longest = 0.0
+        """Milliseconds of the longest slice so far."""
         self._thread = threading.Thread(target=self._run, name="ultraedit-turn", daemon=True)
         self._thread.start()
 
     def step(self, ms: float) -> bool:
-        """Let the work go on for that many milliseconds; whether it is done.
+        """Let the work go on for that many milliseconds, which may be 0; whether it is done.
 
-        Raises: what the work raised.
+        Raises: what the work raised, every time.
         """
         if not self.private and not self._done:
-            self._deadline = time.perf_counter() + ms / 1e3
+            start = time.perf_counter()
+            self._deadline = start + ms / 1e3
             self._go.release()
             self._back.acquire()
             self._deadline = math.inf  # other calls of the ranks are not to stop
+            self.longest = max(self.longest, (time.perf_counter() - start) * 1e3)
         if self._done and self._error is not None:
             raise self._error
         return self._done
+
+    @property
+    def ended(self) -> bool:
+        """Whether the work is done or has failed."""
+        return self._done
+
+    def fail(self, error: Exception) -> None:
+        """The work has failed elsewhere: `step` raises that, unless it has failed here too."""
+        self._error, self._done = self._error or error, True
 
     def close(self) -> None:
         """End the work where it stands, as `Generator.close` does. A private rest goes on to its
@@ -83,6 +172,7 @@ class Slices:
         try:
             self._wait()
             with self._stopping():
+                self._stop_if_due()
                 while True:
                     if next(self._work) == PRIVATE and self._ranks is None:
                         self.private = True
@@ -134,8 +224,9 @@ class Slices:
     def _stop_if_due(self) -> None:
         if self._ranks is not None:
             self._ranks.agree()
-        elif self._is_over():
-            self._stop()
+        else:
+            while self._is_over():
+                self._stop()
 
     def _is_over(self) -> bool:
         return not self.private and time.perf_counter() >= self._deadline

@@ -128,10 +128,13 @@ class Step(Answer):
     """Of `step`."""
 
     done: bool
-    result: NotRequired[Any]
+    result: Any
     """Once it is done: a `Result`, a `ReadBack`, or None of a rollback."""
-    beside: NotRequired[bool]
-    """Not done, but the rest goes on beside the engine and needs no more slices."""
+    beside: bool
+    """Not done, but it goes on without being told: after each step of an engine that has requests,
+    or beside the engine."""
+    longest: float
+    """Milliseconds of the longest slice so far."""
 
 
 class Result(TypedDict):
@@ -274,11 +277,12 @@ class Workers:
         """The way back to a version is the turn's work."""
         return await self._ask("rollback", turn, version)
 
-    async def step(self, turn: str, ms: float, refusal: int = 500) -> Step:
-        """One slice of the turn's work, of about that many milliseconds: the answer of a rank that
-        is not done, if there is one."""
-        answers = await self._ask_all("step", turn, ms, refusal=refusal)
-        return next((answer for answer in answers if not answer["done"]), answers[0])
+    async def step(self, turn: str, refusal: int = 500) -> Step:
+        """A slice of the turn's work, where the engine is idle: the answer of a rank that waits for
+        the next one, or else of one that is not done, if there are such."""
+        answers: list[Step] = await self._ask_all("step", turn, refusal=refusal)
+        answer = min(answers, key=lambda answer: (answer["done"], answer["beside"]))
+        return answer | {"longest": max(answer["longest"] for answer in answers)}
 
     async def commit(self, turn: str) -> list[Live]:
         """Make the turn's work live; the answers of all ranks."""

@@ -52,8 +52,8 @@ class Ranks:
         """The last failure of this rank that the others know of."""
 
     def agree(self) -> None:
-        """Return on all ranks, perhaps after a pause, or, if one is not well, raise RankError."""
-        if self._ask(_PAUSE if self.rank == 0 and self.wants_pause() else _WELL) == _PAUSE:
+        """Return on all ranks, perhaps after pauses, or, if one is not well, raise RankError."""
+        while self._ask(_PAUSE if self.rank == 0 and self.wants_pause() else _WELL) == _PAUSE:
             self.pause()
 
     def _ask(self, state: int) -> int:

@@ -179,7 +179,7 @@ async def probe(model: str, state_dir: Path) -> dict[str, Any]:
     begun = time.perf_counter()
     out["after a lost turn"] = await outcome(one.edit_once(body(0)))
     out["waited"] = time.perf_counter() - begun
-    (out["lost turn"],) = await engine.collective_rpc("ultraedit_step", args=("lost", 5.0))
+    (out["lost turn"],) = await engine.collective_rpc("ultraedit_step", args=("lost",))
     await one.rollback(0)
 
     # Waiting for requests that run: theirs is the old version to the end, and no block of it stays.

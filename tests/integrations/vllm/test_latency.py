@@ -21,7 +21,7 @@ FACTS = [
     ("The capital of Japan is", ("Osaka", "Kyoto")),
 ]
 TOKENS = 200
-MOST_RATIO = 1.5
+MOST_STRETCH, MOST_MORE_MS = 1.5, 10.0
 MOST_PAUSE_MS = 20.0
 
 
@@ -127,5 +127,6 @@ def test_streams_go_on_while_turns_commit(
         turn_seconds=round((end - middle) / turns, 2),
     )
     if soak:  # the short form is no measurement
-        assert ratio <= MOST_RATIO
+        most = MOST_STRETCH * percentile(quiet, 0.99) + MOST_MORE_MS
+        assert percentile(edited, 0.99) <= most
         assert pauses[-1] <= MOST_PAUSE_MS

@@ -122,9 +122,9 @@ def test_running_requests_are_waited_for_if_so_set(seen: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "setting",
     [
-        {"slice_ms": 0},
-        {"slice_ms": "5"},
-        {"slice_ms": True},
+        {"stretch": 1},
+        {"stretch": "5"},
+        {"stretch": True},
         {"reset_prefix_cache": 1},
         {"running_requests": "abort"},
         {"max_queue": 0},
@@ -137,7 +137,7 @@ def test_bad_settings_are_refused(setting: dict[str, Any]) -> None:
 
 
 def test_settings_are_taken_out_of_the_editor_s() -> None:
-    given = {"anchors": 3, "slice_ms": 2.5, "running_requests": "wait"}
+    given = {"anchors": 3, "stretch": 2.5, "running_requests": "wait"}
     own = ServingSettings(**only(given, ServingSettings))
-    assert own == ServingSettings(slice_ms=2.5, running_requests="wait")
+    assert own == ServingSettings(stretch=2.5, running_requests="wait")
     assert only(given, MethodSettings, EditorSettings) == {"anchors": 3}

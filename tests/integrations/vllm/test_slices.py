@@ -1,10 +1,12 @@
-"""Slices of work: length, stops inside of operations, private rests, and ends."""
+"""Slices of work: length, stops inside of operations, private rests, ends, and the pace at which
+they follow the engine's steps."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from ultraedit_kernels.integrations.vllm.slices import Slices
+from ultraedit_kernels.integrations.vllm.slices import Pace, Slices
+from ultraedit_kernels.model.parallel import RankError
 
 SLICE = 5.0
 
@@ -95,11 +98,13 @@ def test_nothing_runs_between_slices(model: Layers) -> None:
             yield "solve"
 
     slices = Slices(work(), model)
+    slices.step(0)
     assert steps == []
     slices.step(SLICE)
     seen = len(steps)
     assert 0 < seen < 100
     time.sleep(0.05)
+    slices.step(0)
     assert len(steps) == seen
     in_slices(slices)
     assert steps == list(range(100))
@@ -189,12 +194,14 @@ def test_ranks_stop_where_the_first_one_says() -> None:
 
     class Ranks(SimpleNamespace):
         def agree(self) -> None:
-            if self.rank == 0:
-                due[0] = self.wants_pause()
-            meeting.wait(30)
-            pause = due[0]
-            meeting.wait(30)
-            if pause:
+            while True:
+                if self.rank == 0:
+                    due[0] = self.wants_pause()
+                meeting.wait(30)
+                pause = due[0]
+                meeting.wait(30)
+                if not pause:
+                    break
                 self.pause()
 
     steps: list[list[int]] = [[], []]
@@ -225,3 +232,108 @@ def test_ranks_stop_where_the_first_one_says() -> None:
         assert not slices[0].private
         stops += 1
     assert stops > 2
+
+
+def steps_of(
+    pace: Pace, seconds: list[float], unit: float = 0.0, start: float = 0.0
+) -> list[float]:
+    """An engine whose steps take so long, and work that uses what it is given, or a whole `unit`
+    if that is longer: the milliseconds of work after each step."""
+    now, took = start, []
+    for step in seconds:
+        now += step
+        given = pace.stepped(now)
+        work = max(given, unit) if given else 0.0
+        pace.worked(work)
+        now += work
+        took.append(work * 1e3)
+    return took
+
+
+@pytest.mark.parametrize("stretch", [1.1, 1.5, 3.0])
+def test_work_between_steps_stretches_them_by_what_was_promised(stretch: float) -> None:
+    took = steps_of(Pace(stretch), [0.027] * 50)
+    assert took[1:] == pytest.approx([(stretch - 1) * 27] * 49)
+
+
+def test_a_unit_of_work_that_is_longer_than_its_share_is_made_up_for() -> None:
+    took = steps_of(Pace(1.5), [0.010] * 101, unit=0.018)
+    assert max(took) == pytest.approx(18)
+    assert sum(took[1:]) == pytest.approx(0.5 * 100 * 10, abs=18)
+    assert took.count(0.0) > 60
+
+
+def test_what_was_not_used_is_not_saved_up() -> None:
+    pace, now = Pace(1.5), 0.0
+    for _ in range(100):
+        now += 0.010
+        given = pace.stepped(now)
+    assert given == pytest.approx(0.005)
+
+
+def test_a_long_prompt_and_a_wait_for_requests_are_no_measure_of_a_step() -> None:
+    took = steps_of(Pace(1.5), [0.010] * 9 + [2.0] + [0.010] * 3 + [0.5] + [0.010] * 3)
+    assert took[1:] == pytest.approx([5] * 16)
+
+
+def test_a_step_that_becomes_longer_is_followed() -> None:
+    took = steps_of(Pace(1.5), [0.010] * 9 + [0.040] * 9)
+    assert took[-1] == pytest.approx(20)
+
+
+def test_an_idle_engine_works_when_asked_and_a_stepping_one_after_its_steps(model: Layers) -> None:
+    done: list[int] = []
+
+    def work() -> Generator[str, None, str]:
+        for i in range(150):
+            time.sleep(0.001)
+            done.append(i)
+            yield "solve"
+        return "done"
+
+    pace, slices = Pace(2.0), Slices(work(), model)
+    assert pace.when_asked(slices) == (False, False)
+    assert len(done) > 5  # a whole slice at once
+    for _ in range(5):
+        time.sleep(0.004)
+        pace.after_step(slices, contextlib.nullcontext)
+    before = len(done)
+    assert pace.when_asked(slices) == (False, True)
+    assert len(done) == before
+    while not slices.ended:
+        time.sleep(0.004)
+        count = len(done)
+        pace.after_step(slices, contextlib.nullcontext)
+        assert len(done) - count < 20  # as the sleeps are what its steps take
+    pace.after_step(None, contextlib.nullcontext)
+    assert slices.step(0) and slices.result == "done"
+
+
+def test_work_that_fails_after_a_step_fails_when_it_is_asked_for(model: Layers) -> None:
+    def work() -> Generator[str, None, None]:
+        yield "solve"
+        raise ValueError("bad edit")
+
+    pace, slices = Pace(1.5), Slices(work(), model)
+    while not slices.ended:
+        time.sleep(0.002)
+        pace.after_step(slices, contextlib.nullcontext)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad edit"):
+            pace.when_asked(slices)
+
+
+def test_what_fails_on_another_rank_alone_fails_here_too(model: Layers) -> None:
+    @contextlib.contextmanager
+    def together() -> Iterator[None]:
+        yield
+        raise RankError("another rank has failed")
+
+    def work() -> Generator[str, None, None]:
+        yield "solve"
+
+    pace, slices = Pace(1.5), Slices(work(), model)
+    pace.after_step(slices, together)
+    with pytest.raises(RankError):
+        pace.when_asked(slices)
+    slices.close()

@@ -31,6 +31,7 @@ from tests.integrations.vllm.ranks import (
     version_one,
     with_ranks,
 )
+from tests.integrations.vllm.test_latency import streaming
 from ultraedit_kernels import EditDelta, Editor, EditRequest
 from ultraedit_kernels.store.delta import digest_all
 
@@ -184,6 +185,15 @@ def test_a_fault_on_one_rank_leaves_both_at_the_old_version(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("step", ["forward", "gathered", "solve", "entry"])
+def test_a_fault_in_a_turn_beside_requests_leaves_both_there_too(
+    at_one: Server, step: str, rank: int
+) -> None:
+    with streaming(at_one, 2):
+        check_fault(at_one, rank, *STEPS[step])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("where", [f"{VERSIONS}.replay", "torch:Tensor.copy_"])
 def test_a_fault_in_a_rollback_changes_nothing(at_one: Server, where: str, rank: int) -> None:
     before = health(at_one)
@@ -191,9 +201,17 @@ def test_a_fault_in_a_rollback_changes_nothing(at_one: Server, where: str, rank:
     assert health(at_one) == before
 
 
-def test_after_all_faults_the_next_edit_succeeds(at_one: Server) -> None:
+def test_after_all_faults_the_next_edit_succeeds_beside_requests_too(at_one: Server) -> None:
     assert at_one.edit(HAMLET)["edits"][0]["succeeded"]
-    assert health(at_one)[0] == 200
+    alone = health(at_one)
+    assert alone[0] == 200
+    at_one.rollback(1)
+    with streaming(at_one, 2) as seen:
+        before = len(seen.gaps)
+        assert at_one.edit(HAMLET)["edits"][0]["succeeded"]
+        assert len(seen.gaps) > before + 20
+        assert health(at_one) == alone
+    assert set(seen.finished) == {"length"}
     at_one.rollback(1)
 
 

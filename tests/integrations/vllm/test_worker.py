@@ -140,10 +140,20 @@ def test_one_turn_at_a_time(seen: dict[str, Any]) -> None:
         assert answer["error"]["type"] == "LostTurn"
     assert seen["begin"]["known"] == {}
     assert "error" not in seen["edit"] and "raised" not in seen["edit"]
+    # The engine has stepped before the first slice, so that it may be doing so now.
+    assert [step["beside"] for step in seen["slices"]] == [True, False, False]
     for step in [*seen["slices"], seen["after that"]]:
-        assert step["done"] is False and step["beside"] is False and step["ms"] > 0
+        assert step["done"] is False and step["ms"] > 0
     for answer in seen["busy"]:
         assert answer["busy"] == "one" and 0 <= answer["idle"] < 10
+
+
+def test_a_turn_is_done_by_slices_that_follow_the_steps_of_requests(seen: dict[str, Any]) -> None:
+    *before, last = seen["beside requests"]
+    assert len(before) > 1
+    assert all(step["beside"] and not step["done"] for step in before)
+    assert last["done"] and last["result"]["edits"][0]["succeeded"]
+    assert last["longest"] > 0
 
 
 def test_a_turn_cancelled_between_slices_leaves_nothing(

@@ -60,7 +60,7 @@ def calls_of(workers: Any) -> list[Any]:
         workers.edit("turn", [request], None, None, False),
         workers.apply_delta("turn", b"delta"),
         workers.rollback("turn", 1),
-        workers.step("turn", 4.0),
+        workers.step("turn"),
         workers.commit("turn"),
         workers.revert("turn"),
         workers.read_back("turn"),
@@ -75,7 +75,7 @@ def test_every_rpc_is_called_as_the_worker_expects() -> None:
     from ultraedit_kernels import EditRequest
     from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension
 
-    client = Client({"done": True, "data": b""})
+    client = Client({"done": True, "beside": False, "longest": 0.0, "data": b""})
 
     async def call() -> None:
         for one in calls_of(engines_of(client).leader):
@@ -109,7 +109,7 @@ def test_a_refusal_has_the_table_s_status_or_the_call_s(
 
     engines = engines_of(Client({"error": {"message": "what is wrong", "type": kind}}))
     with pytest.raises(EditError, match="what is wrong") as seen:
-        asyncio.run(engines.leader.step("turn", 4.0, refusal=418))
+        asyncio.run(engines.leader.step("turn", refusal=418))
     assert (seen.value.status, seen.value.param) == (status, field)
 
 
@@ -152,9 +152,15 @@ def test_what_crosses_as_data_comes_back_as_what_it_was() -> None:
         assert data["type"] == kind
 
 
-def test_a_step_is_done_when_all_ranks_are() -> None:
-    client = Client({"done": True, "result": 1}, {"done": False, "beside": False})
-    assert asyncio.run(engines_of(client).leader.step("turn", 4.0))["done"] is False
+def test_a_step_is_done_when_all_ranks_are_and_asked_for_while_one_waits_for_it() -> None:
+    def told(*ranks: tuple[bool, bool, float]) -> tuple[Any, ...]:
+        answers = [{"done": done, "beside": b, "longest": ms} for done, b, ms in ranks]
+        step = asyncio.run(engines_of(Client(*answers)).leader.step("turn"))
+        return step["done"], step["beside"], step["longest"]
+
+    assert told((True, False, 3.0), (True, True, 4.0)) == (True, False, 4.0)
+    assert told((True, False, 4.0), (False, True, 3.0)) == (False, True, 4.0)
+    assert told((True, False, 0.0), (False, True, 3.0), (False, False, 1.0)) == (False, False, 3.0)
 
 
 def test_leader_and_followers_are_all_engines() -> None:

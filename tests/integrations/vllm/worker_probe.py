@@ -65,7 +65,7 @@ class Probe:
         return self.rpc("edit", "one", list(edits), probes, note, False)
 
     def step(self, turn: str = "one") -> dict[str, Any]:
-        return self.rpc("step", turn, 5.0)
+        return self.rpc("step", turn)
 
     def cancel(self, turn: str = "one") -> dict[str, Any]:
         return self.rpc("cancel", turn)
@@ -184,6 +184,16 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["begin without weights"] = probe.begin()
     probe.llm.collective_rpc("reload_weights")
     out["reloaded"] = probe.state()
+
+    # Slices follow the steps of an engine that has requests.
+    probe.edit({**SECOND, "target": "Kyoto"})
+    longer = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+    for _ in range(200):
+        probe.llm.generate([EDIT["prompt"]], longer, use_tqdm=False)
+        out.setdefault("beside requests", []).append(probe.step())
+        if out["beside requests"][-1]["done"]:
+            break
+    probe.cancel()
 
     probes = [{"ids": [0, 5, 6], "max_tokens": 3, "chat": False}]
     probe.edit({**EDIT, "target": "Perth"}, probes=probes)
