@@ -231,8 +231,8 @@ class EditorSettings:
     anchors: int = _setting(
         2000,
         _whole(0),
-        "Texts of 32 tokens (128 at names) sampled from the model, whose outputs an edit must not "
-        "move; 0 for nothing but the locality prompts.",
+        "Texts of 32 tokens (at names a 16th as many, of 128) that the model writes and an edit "
+        "must leave alone; 0 for nothing but the locality prompts.",
         flag="--anchors",
         serve="--edit-anchors",
     )

@@ -29,6 +29,7 @@ from torch import Tensor
 from ultraedit_kernels.method.change import Turn
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import (
+    FEWER,
     HELD_WEIGHT,
     KEPT_TEXTS,
     LONG_TEXT,
@@ -232,7 +233,7 @@ class Memory:
         """Anchors from texts that the untouched model writes."""
         gather, count, tokens = own_anchors, self._texts, SAMPLE_TOKENS
         if self._at_names:
-            gather, count, tokens = own_keys, -(-count * tokens // LONG_TEXT), LONG_TEXT
+            gather, count, tokens = own_keys, -(-count // FEWER), LONG_TEXT
         texts = own_texts(model, tokenizer, count, self._seed, tokens)
         return gather(model, texts, self._weights, self._ridge, self._rows)
 

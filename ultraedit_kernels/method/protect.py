@@ -44,6 +44,9 @@ OWN_TOKENS = 40_000
 """For edits at names, tokens that the keys of all own texts weigh as much as."""
 LONG_TEXT = 128
 """Tokens of an own text for edits at names, which must leave what stands far from its beginning."""
+FEWER = 16
+"""Of how many own texts that are asked for one is written for edits at names, which need no more
+than the second moments of its keys."""
 OUTPUT_RIDGE = 0.03
 """Ridge of the outputs' shield, as a share of the slopes' mean square in a direction."""
 FEW = 0.25

@@ -17,6 +17,8 @@ from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.repair import Repairs, Watch
 from ultraedit_kernels.method.shield import System
 from ultraedit_kernels.method.step import (
+    MIN_COSINE,
+    STEEPEST,
     Positions,
     descending,
     enlarged,
@@ -128,7 +130,10 @@ def _step(
     if settings.lr == "auto":
         # Ask for a share of the loss; then for as much more as ridge and shield take of it.
         grads = {name: grad * takes for name, grad in grads.items()}
-        values = sized(descending(values, grads, at), grads, seen.objective, settings.step, at)
+        # At names, gradients of earlier edits say nothing of those of these: down the slope.
+        least = MIN_COSINE if names is None else STEEPEST
+        values = descending(values, grads, at, least)
+        values = sized(values, grads, seen.objective, settings.step, at)
         if names is not None:
             values, at = tied(values, takes, names), names
         values = enlarged(values, grads, systems, settings.ridge, at, change.reach(keys))
