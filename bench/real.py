@@ -37,13 +37,12 @@ from bench import machine
 from bench.evaluate import digest
 from bench.real_models import PACKAGES, Unavailable, checkpoint
 from ultraedit_kernels import Editor, EditRequest
-from ultraedit_kernels.editor import EditOutcome
+from ultraedit_kernels.editor import EditOutcome, apply_what_passes
 from ultraedit_kernels.evaluation import baselines
 from ultraedit_kernels.evaluation import scores as judge
 from ultraedit_kernels.evaluation.answers import Output
 from ultraedit_kernels.evaluation.general import General
 from ultraedit_kernels.evaluation.loaders import load_edits, split_turns
-from ultraedit_kernels.method.guards import GuardError
 from ultraedit_kernels.model.gguf import is_gguf, load_gguf
 from ultraedit_kernels.model.presets import resolve_modules
 from ultraedit_kernels.model.request import LocalityTest, PortabilityTest, Prompt
@@ -151,14 +150,10 @@ def ours(on: Subject, run: Run, settings: dict[str, Any]) -> dict[str, Any]:
     editor = Editor(on.model, on.tokenizer, **{**run.ours, **settings})
     _, prepare_memory, prepare_seconds = machine.peak_extra_memory(editor.prepare)
     outcomes: list[EditOutcome] = []
-    refused: list[str] = []
 
     def edit() -> None:
         for turn in split_turns(on.requests, run.turn_size):
-            try:
-                outcomes.extend(editor.apply(turn).edits)
-            except GuardError as error:  # none of its edits is made
-                refused.append(str(error))
+            outcomes.extend(apply_what_passes(editor, turn)[1])
 
     try:
         _, memory, seconds = machine.peak_extra_memory(edit)
@@ -173,7 +168,7 @@ def ours(on: Subject, run: Run, settings: dict[str, Any]) -> dict[str, Any]:
         "modules": editor.modules,
         "held_when_made": sum(o.succeeded for o in outcomes) / len(on.requests),
         "rounds": sum(o.rounds for o in outcomes) / max(1, len(outcomes)),
-        "refused": refused,
+        "refused": [outcome.refused for outcome in outcomes if outcome.refused],
         **scores,
     }
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from bench.world import World
 from tests.conftest import BUNDLED
 from ultraedit_kernels import EditDelta, Editor, EditRequest
+from ultraedit_kernels.editor import apply_what_passes
 from ultraedit_kernels.method.shield import shielded
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import encode, encode_prompt
@@ -158,6 +159,25 @@ def test_a_fact_can_be_edited_again(editor):
         result = editor.apply([EditRequest(SYDNEY.prompt, target)])
         assert result.edits[0].succeeded
         assert answers(editor, [SYDNEY.prompt]) == [target]
+
+
+def test_of_a_turn_that_a_guard_rejects_the_worst_edits_are_left_out(model, tokenizer):
+    records = World.earth().edits(4, seed=11)
+    requests = [EditRequest.from_dict(record) for record in records]
+    whole = Editor(model, tokenizer, anchors=50)
+    change = whole.apply(requests, commit=False).guards["change"]
+    whole.close()
+    editor = Editor(model, tokenizer, anchors=50, max_change=0.9 * change)
+    turns, outcomes = apply_what_passes(editor, requests)
+    assert len(turns) >= 2 and editor.version == len(turns)
+    assert all(turn.guards["change"] <= 0.9 * change for turn in turns)
+    assert [outcome.prompt for outcome in outcomes] == [r.prompt for r in requests]
+    assert all(outcome.succeeded for outcome in outcomes if not outcome.refused)
+    editor.rollback(0)
+    strict = Editor(model, tokenizer, anchors=50, max_change=1e-6)
+    turns, outcomes = apply_what_passes(strict, requests)
+    assert not turns and not strict.version
+    assert all("max_change" in (outcome.refused or "") for outcome in outcomes)
 
 
 def test_no_such_version(editor):

@@ -30,7 +30,7 @@ from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.settings import TABLE, EditorSettings, MethodSettings, check, only
 from ultraedit_kernels.store.delta import EditDelta
 
-__all__ = ["EditOutcome", "Editor", "TurnResult"]
+__all__ = ["EditOutcome", "Editor", "TurnResult", "apply_what_passes"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -330,6 +330,29 @@ class Editor:
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0
         return self.guards.measure(start, texts, lost, self.settings.batch_size)
+
+
+def apply_what_passes(
+    editor: Editor, requests: Seq[EditRequest]
+) -> tuple[list[TurnResult], list[EditOutcome]]:
+    """Make one turn of edits; if a guard rejects it, of each half, and so on down to the edits that
+    no guard lets pass, which are left out.
+
+    Returns: the turns that were made, and what became of each edit, in their order.
+
+    Raises: as `Editor.apply`, but for GuardError; turns that were made before stay.
+    """
+    try:
+        result = editor.apply(requests)
+        return [result], list(result.edits)
+    except GuardError as error:
+        logger.warning("a turn of %d edits is rejected: %s", len(requests), error.reason)
+        if len(requests) == 1:
+            return [], [EditOutcome.left_out(requests[0], error.reason)]
+    half = len(requests) // 2
+    turns, outcomes = apply_what_passes(editor, requests[:half])
+    more, others = apply_what_passes(editor, requests[half:])
+    return turns + more, outcomes + others
 
 
 def _goals(

@@ -141,8 +141,7 @@ def _report(
         name = torch.cuda.get_device_name(job.device)
     else:
         name = f"CPU (threads: {torch.get_num_threads()})"
-    turn_of = [i for i, turn in enumerate(made.turns, start=1) for _ in turn.edits]
-    judged = zip(scores.pop("rows"), turn_of, made.outcomes, strict=True)
+    judged = zip(scores.pop("rows"), made.turn_of, made.outcomes, strict=True)
     # lr and the like as used, then those that only the Editor's arguments know.
     settings = asdict(job.editor.settings) | job.settings | {"modules": job.editor.modules}
     return {

@@ -43,14 +43,13 @@ class Made:
     """All turns of a command."""
 
     turns: list[TurnResult]
+    outcomes: list[EditOutcome]
+    """Of all edits, in their order."""
+    turn_of: list[int]
+    """Of each edit, the number of the turn that it was asked for in."""
     turn_size: int
     seconds: float
     """Of editing, with the sampling of the anchors; without loading, scoring and saving."""
-
-    @property
-    def outcomes(self) -> list[EditOutcome]:
-        """Of all edits, in their order."""
-        return [outcome for turn in self.turns for outcome in turn.edits]
 
 
 def need_transformers() -> None:
@@ -189,14 +188,17 @@ def _device(name: str | None) -> torch.device:
 
 
 def make(job: Job, turn_size: int | None) -> Made:
-    """Make all edits, turn by turn."""
+    """Make all edits, turn by turn. Of a turn that a guard rejects, those are left out that it
+    rejects by themselves."""
+    from ultraedit_kernels.editor import apply_what_passes
     from ultraedit_kernels.evaluation.loaders import split_turns
     from ultraedit_kernels.model.presets import PAPER_TURN_SIZE
 
     size = turn_size or PAPER_TURN_SIZE
     parts = list(split_turns(job.requests, size))
     turns: list[TurnResult] = []
-    done = held = 0
+    outcomes: list[EditOutcome] = []
+    turn_of: list[int] = []
     begun = time.perf_counter()
     with ERR.status("sampling anchors"):
         job.editor.prepare()
@@ -204,15 +206,17 @@ def make(job: Job, turn_size: int | None) -> Made:
         task = bar.add_task("editing", total=len(job.requests))
         for number, part in enumerate(parts, start=1):
             with _names_turn(job, number, part):
-                turns.append(job.editor.apply(part))
-            done += len(part)
-            held += sum(outcome.succeeded for outcome in turns[-1].edits)
+                more, became = apply_what_passes(job.editor, part)
+            turns += more
+            outcomes += became
+            turn_of += [number] * len(part)
+            held = sum(outcome.succeeded for outcome in outcomes)
             bar.update(
                 task,
-                completed=done,
-                description=f"turn {len(turns)} of {len(parts)}, {held} edits hold",
+                completed=len(outcomes),
+                description=f"turn {number} of {len(parts)}, {held} edits hold",
             )
-    return Made(turns, size, time.perf_counter() - begun)
+    return Made(turns, outcomes, turn_of, size, time.perf_counter() - begun)
 
 
 @contextmanager

@@ -70,6 +70,8 @@ def print_verdict(job: Job, made: Made) -> None:
         lead = (
             f"{'leads' if outcome.margin > 0 else 'is behind'} by {abs(outcome.margin):.1f} logits"
         )
+        if outcome.refused is not None:
+            lead = f"left out: {outcome.refused}"
         OUT.print(
             f"  {_short(outcome.prompt)} → {_short(outcome.target)}  ({lead})", soft_wrap=True
         )

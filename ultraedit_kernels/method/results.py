@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ultraedit_kernels.method.change import Turn
 from ultraedit_kernels.method.phase import Phase
@@ -28,6 +30,17 @@ class EditOutcome:
     """Remaining cross entropy, nats, summed over its target tokens and rephrases."""
     margin: float
     """Least lead of a target token over the runner-up, logits."""
+    refused: str | None = None
+    """Why no turn with it may be served, of an edit that was left out."""
+
+    def record(self) -> dict[str, Any]:
+        """It as the version's record holds it, JSON-able; of an edit that was made."""
+        return {name: value for name, value in asdict(self).items() if name != "refused"}
+
+    @classmethod
+    def left_out(cls, request: EditRequest, reason: str) -> EditOutcome:
+        """Of an edit that no guard lets pass."""
+        return cls(request.prompt, request.target, False, 0, math.nan, math.nan, reason)
 
 
 @dataclass(frozen=True)

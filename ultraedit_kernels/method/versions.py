@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,7 @@ class Versions:
             "kind": kind,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "digest": self.digest(),
-            "edits": [asdict(outcome) for outcome in outcomes],
+            "edits": [outcome.record() for outcome in outcomes],
             "guards": measured,
         }
         if note is not None:
