@@ -496,6 +496,6 @@ def test_the_routes_are_described(server: Any) -> None:
         "/v1/edits/rollback": {"post"},
     }
     fields = description["components"]["schemas"]["Edit"]
-    assert set(fields["properties"]) == {"prompt", "target", "rephrases", "locality"}
+    assert set(fields["properties"]) == {"prompt", "target", "rephrases", "locality", "space"}
     assert fields["required"] == ["prompt", "target"]
     assert fields["additionalProperties"] is False
