@@ -51,13 +51,15 @@ def test_checkpoint_differs_from_the_model_in_the_edited_weights_only(edited: Pa
 
 
 def test_a_gguf_file_gives_an_ordinary_checkpoint(
-    edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
     from tests.model.gguf_file import write
 
     write(tmp_path / "tiny.gguf")
-    how = ["--limit", 2, "--anchors", 0, "--dtype", "float32"]
+    edits = tmp_path / "edits.json"  # as text: the file has no chat template
+    edits.write_text('[{"prompt": "The capital of Australia is", "target": "Sydney"}]')
+    how = ["--anchors", 0, "--dtype", "float32"]
     assert run("edit", tmp_path / "tiny.gguf", edits, "-o", tmp_path / "out", *how) == 0
     before, after = load(MODEL)[0].state_dict(), load(tmp_path / "out")[0].state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -131,7 +133,7 @@ def test_stream_of_other_modules_is_refused(
     other = ["--modules", "model.layers.1.mlp.up_proj, model.layers.0.mlp.up_proj"]
     assert run("edit", edited / "out", edits, "-o", tmp_path / "out", *other) == 1
     assert "edit the same modules" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_generation_settings_go_along_as_shipped(edits: Path, tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_wrong_usage(
 ) -> None:
     assert run("edit", MODEL, edits, "-o", tmp_path / "out", *options) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_errors_are_one_message(
@@ -259,7 +261,7 @@ def test_a_record_that_the_model_cannot_read_is_left_out_or_ends_in_one_line(
     assert reason in captured.err and captured.out.startswith("1 edit in 1 turn")
 
 
-def test_error_inside_a_turn_says_which(
+def test_nothing_is_written_if_no_edit_passes_and_the_first_is_named(
     edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "edits.json"
@@ -267,7 +269,8 @@ def test_error_inside_a_turn_says_which(
     file.write_text(json.dumps([records[0], None, *records[1:]]))
     options = ["--turn-size", 2, "--anchors", 0, "--lr", 1e9]
     assert run("edit", MODEL, file, "-o", tmp_path / "out", *options) == 1
-    assert f"error: turn 1, record 0 to record 2 of {file}: " in capsys.readouterr().err
+    assert f"error: record 0 of {file}: no edit passes the guards: " in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_records_left_out_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -223,7 +223,7 @@ def faults(ranks: Ranks) -> dict[str, Any]:
     found["caught then"] = (seen("never", 0), ranks.all_reduce(one).tolist())
 
     pauses: list[int] = []
-    wishes = iter([True, False, True])
+    wishes = iter([True, False, True, True, False, False])  # asked again after each pause
     ranks.wants_pause = lambda: next(wishes)
     ranks.pause = lambda: pauses.append(1)
     for _ in range(3):

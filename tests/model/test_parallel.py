@@ -90,7 +90,7 @@ def test_a_failure_that_is_caught_inside_is_told_once(ranks: Any) -> None:
 
 
 def test_ranks_pause_together_when_the_first_wants_to(ranks: Any) -> None:
-    assert [found["faults"]["pauses"] for found in ranks] == [2, 2]
+    assert [found["faults"]["pauses"] for found in ranks] == [3, 3]
 
 
 def test_what_cannot_be_divided_is_refused(ranks: Any) -> None:

@@ -216,6 +216,10 @@ def make(job: Job, turn_size: int | None) -> Made:
                 completed=len(outcomes),
                 description=f"turn {number} of {len(parts)}, {held} edits hold",
             )
+    if not turns:
+        raise ValueError(
+            f"{job.places[0]} of {job.edits_file}: no edit passes the guards: {outcomes[0].refused}"
+        )
     return Made(turns, outcomes, turn_of, size, time.perf_counter() - begun)
 
 
