@@ -42,7 +42,7 @@ def test_prompts_are_texts_or_chat_messages() -> None:
         [],
         [],
     )
-    assert second.model_dump() == edit
+    assert second.model_dump() == edit | {"space": None}
     assert body.dry_run is False and body.idempotency_key is None
 
 

@@ -18,7 +18,7 @@ def waiting(*prompts: str, dry_run: bool = False) -> Any:
     from ultraedit_kernels.integrations.vllm.queue import Waiting
 
     requests = [EditRequest(prompt, "x") for prompt in prompts]
-    return Waiting(Asked(requests, [], dry_run, None, ""))
+    return Waiting(Asked(requests, [], [], [], dry_run, None, ""))
 
 
 def sharing(*changes: Any) -> int:
