@@ -236,9 +236,14 @@ def is_linear(module: nn.Module) -> bool:
 def weight_of(module: Any) -> Any:
     """The weight [d_out, d_in] of a linear module: a tensor, or a `ShardedWeight`. It is the
     module's own memory, transposed where the module keeps it so."""
-    shard, weight = shard_of(module), module.weight.data
-    weight = weight.t() if is_transposed(module) else weight
-    return weight if shard is None else ShardedWeight(weight, shard)
+    shard, part = shard_of(module), part_of(module)
+    return part if shard is None else ShardedWeight(part, shard)
+
+
+def part_of(module: Any) -> Tensor:
+    """The weight [d_out, d_in] of a linear module, or this rank's part of it."""
+    part: Tensor = module.weight.data
+    return part.t() if is_transposed(module) else part
 
 
 def whole(weight: Any) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ultraedit_kernels.model.parallel import is_linear, is_transposed
+from ultraedit_kernels.model.parallel import is_linear, part_of
 from ultraedit_kernels.ops.checks import FEATURE_DTYPES
 
 PAPER: dict[str, Any] = {
@@ -246,9 +246,7 @@ def _check_editable(name: str, module: nn.Module) -> None:
             inside = [n for n, m in module.named_modules(prefix=name) if is_linear(m)]
             remedy = f"name a linear module{', such as ' + repr(inside[0]) if inside else ''}"
         raise ValueError(f"module {name!r} is a {kind}, expected an nn.Linear; {remedy}")
-    shape = _linear_shape(module)  # a rank's own part, like the weight
-    own: Any = module.weight
-    weight = own.t() if is_transposed(module) else own
+    weight, shape = part_of(module), _linear_shape(module)
     if weight.dtype not in FEATURE_DTYPES or weight.shape != shape:
         raise ValueError(
             f"module {name!r} ({kind}) has a weight of {weight.dtype} and shape "

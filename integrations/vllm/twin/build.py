@@ -31,6 +31,7 @@ from ultraedit_kernels.model.parallel import (
     Ranks,
     Shard,
     is_transposed,
+    part_of,
     shard_embedding,
     shard_head,
     shard_linear,
@@ -158,7 +159,7 @@ def build_twin(
             module = model.get_submodule(name)
             live[name] = weight_of(module)
             dim = None if (shard := shard_of(module)) is None else shard.dim
-            check_editable(name, live[name], dim, whole, layers[storage(module.weight)], size)
+            check_editable(name, part_of(module), dim, whole, layers[storage(module.weight)], size)
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         return Twin(model, live)
 
