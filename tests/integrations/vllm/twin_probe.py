@@ -30,6 +30,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
 from ultraedit_kernels.integrations.vllm.twin import Twin, UnsupportedModelError, build_twin
+from ultraedit_kernels.model.parallel import weight_of
 
 # 41 tokens: longer than the sliding windows of the tiny models.
 TOKENS = [0, *torch.randint(5, 300, (40,), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -182,7 +183,6 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             result["wrong"] = wrong_twins(llm, twin)
         if case.get("check_only"):
             return result
-        weight = f"{module}.weight"
         shared = storages(served)
         result["copied"] = [
             name
@@ -197,7 +197,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         result["twin_tokens"] = twin_greedy(twin, TOKENS[:12], 12)
         if options["dtype"] == "float32":
             result["gradient_error"] = gradient_error(twin, module)
-        shadow = twin.model.get_parameter(weight)
+        shadow = weight_of(twin.model.get_submodule(module))
         with torch.no_grad():
             shadow.add_(torch.randn(shadow.shape, generator=torch.Generator().manual_seed(1)))
         result["unpublished"] = distance(before, engine_logprobs(llm, TOKENS))
