@@ -60,12 +60,12 @@ LIMIT = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 
 
 class NumberTokenizer:
-    """A text is token ids separated by spaces."""
+    """A text is token ids separated by spaces; a word that is none is token 3."""
 
     bos_token_id, eos_token_id = 1, 2
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
+        return {"input_ids": [int(word) if word.isdigit() else 3 for word in text.split()]}
 
 
 def random_model(name: str, dtype: torch.dtype) -> Any:
@@ -86,7 +86,7 @@ def random_edits(vocabulary: int, seed: int) -> list[EditRequest]:
     def words(least: int, most: int) -> str:
         return " ".join(str(rng.randrange(3, vocabulary)) for _ in range(rng.randint(least, most)))
 
-    return [EditRequest(words(8, 24), words(2, 4)) for _ in range(PAPER_TURN_SIZE)]
+    return [EditRequest(words(8, 24), words(2, 4), space=True) for _ in range(PAPER_TURN_SIZE)]
 
 
 class Stream:
@@ -150,7 +150,7 @@ class Stream:
 def encoded(edits: list[EditRequest]) -> list[Sequence]:
     """The edits as tokens, without an end of sequence, as published."""
     tokenizer = NumberTokenizer()
-    return [encode(tokenizer, e.prompt, e.target, append_eos=False) for e in edits]
+    return [encode(tokenizer, e.prompt, e.target, append_eos=False, space=True) for e in edits]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
