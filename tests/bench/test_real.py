@@ -188,7 +188,7 @@ def test_a_real_model_takes_edits(smollm2: Path, tmp_path: Path) -> None:
         {"facts": str(file)},
         turn_size=2,
         rows=("untouched", "ours"),
-        ours={"anchors": 60, "rounds": 12},
+        ours={"anchors": 320},
     )
     rows = dict(real.rows_of(run, str(smollm2), str(file), "text", ["untouched", "ours"]))
     untouched, ours = rows["untouched"], rows["ours"]
