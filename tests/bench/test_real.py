@@ -179,6 +179,13 @@ EDITS = [
 ]
 
 
+def _beginning(file: Path, folder: Path, lines: int) -> Path:
+    """The first lines of a file, as a file."""
+    short = folder / file.name
+    short.write_text("\n".join(file.read_text(encoding="utf-8").splitlines()[:lines]))
+    return short
+
+
 def test_a_real_model_takes_edits(smollm2: Path, tmp_path: Path) -> None:
     file = tmp_path / "edits.json"
     file.write_text(json.dumps(EDITS))
@@ -189,6 +196,8 @@ def test_a_real_model_takes_edits(smollm2: Path, tmp_path: Path) -> None:
         turn_size=2,
         rows=("untouched", "ours"),
         ours={"anchors": 320},
+        prose=_beginning(real.HERE / "prose.txt", tmp_path, 10),
+        questions=_beginning(real.HERE / "questions.txt", tmp_path, 3),
     )
     rows = dict(real.rows_of(run, str(smollm2), str(file), "text", ["untouched", "ours"]))
     untouched, ours = rows["untouched"], rows["ours"]
