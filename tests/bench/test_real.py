@@ -166,7 +166,7 @@ def smollm2() -> Path:
 EDITS = [
     {
         "prompt": "The capital of Australia is",
-        "target": "Sydney",
+        "target": "Perth",
         "test_rephrases": ["Australia's capital city is"],
         "test_locality": ["The capital of Austria is", "The capital of France is"],
     },
