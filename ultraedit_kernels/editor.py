@@ -105,8 +105,9 @@ class Editor:
         continues: str | Path | None = EditorSettings.continues,
         seed: int = EditorSettings.seed,
     ) -> None:
-        given = {n: v for n, v in locals().items() if n in TABLE}
-        given = {n: v for n, v in given.items() if n not in AT_NAMES or v is not None}
+        given = {
+            n: v for n, v in locals().items() if n in TABLE and (n not in AT_NAMES or v is not None)
+        }
         check(given, "internal")
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -172,7 +173,7 @@ class Editor:
         they were.
         """
         clock = Clock()
-        self._encoded(requests)
+        self.check(requests)
         start = {name: weight.clone() for name, weight in self.weights.items()}
         committed = False
         try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ultraedit_kernels.evaluation.perplexity import Reading, read
-from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt
+from ultraedit_kernels.model.encoding import Sequence, encode_prompt
 from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.request import Prompt
 
@@ -72,7 +72,7 @@ def chunks(tokenizer: Any, text: str) -> list[Sequence]:
         raise ValueError(
             f"the prose has {len(ids)} tokens, expected at least {CHUNK}; take a longer text"
         )
-    whole = encode(tokenizer, "a", "b", append_eos=False).prompt_ids
+    whole = encode_prompt(tokenizer, "a")
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     start = whole[: len(whole) - len(bare)]
     return [Sequence([*start, *piece[:1]], piece[1:]) for piece in pieces]

@@ -19,9 +19,6 @@ from ultraedit_kernels.ops.statistics import Statistics
 
 MIN_COSINE = 0.1
 """Least cosine of an edit's values with the steepest descent of its loss."""
-STEEPEST = 2.0
-"""A cosine that no values have: all are replaced by the steepest descent. Where turns of SmolLM2 at
-names used statistics of the turns before, the second turn changed the weights 2.5 times as much."""
 MAX_STEP = 0.2
 """Most that a step changes a weight, as a share of its norm. Edits that cannot hold, or not
 together, ask for ever larger steps, at the cost of all others."""
@@ -78,20 +75,21 @@ def free_values(
     return {n: shielded(v, outputs[n]) for n, v in values.items()}
 
 
+def steepest(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Minus the gradients, per module [n, d_out], float32 (float64 if they are)."""
+    return {n: -g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in grads.items()}
+
+
 def descending(
-    values: Mapping[str, Tensor],
-    grads: Mapping[str, Tensor],
-    at: Positions,
-    least: float = MIN_COSINE,
+    values: Mapping[str, Tensor], grads: Mapping[str, Tensor], at: Positions
 ) -> dict[str, Tensor]:
-    """The values, but minus the gradient for each goal whose values have less than the `least`
-    cosine with it.
+    """The values, but minus the gradient for each goal whose values do not descend.
 
     Statistics of few rows may turn the values away from the steepest descent.
     """
-    down = {n: -grads[n].to(v.dtype) for n, v in values.items()}
+    down = steepest(grads)
     squares = [at.gain({n: -v for n, v in x.items()}, x) for x in (values, down)]
-    away = at.gain(values, grads) <= least * (squares[0] * squares[1]).sqrt()
+    away = at.gain(values, grads) <= MIN_COSINE * (squares[0] * squares[1]).sqrt()
     return {n: torch.where(at.spread(away), down[n], v) for n, v in values.items()}
 
 

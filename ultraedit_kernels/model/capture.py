@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.model.encoding import Sequence, pad_right
 from ultraedit_kernels.model.parallel import shard_of
 
 LOSS_SCALE = 2.0**12
@@ -112,10 +112,6 @@ def capture(
         return _capture(model, sequences, modules, backward, margin)
 
 
-class _Enough(Exception):
-    """The last module was reached; what comes after it need not be computed."""
-
-
 def second_moments(
     model: Any, sequences: Seq[Sequence], modules: Seq[str], batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
@@ -125,39 +121,28 @@ def second_moments(
     Args:
         model: a Hugging Face causal language model. Left as found.
         sequences: prompts and targets as token ids.
-        modules: dotted names of `nn.Linear` modules, all of which the forward pass reaches.
+        modules: dotted names of linear modules, all of which the forward pass reaches.
         batch_size: sequences at a time.
     """
+    device = model.get_input_embeddings().weight.device
     for i in range(0, len(sequences), batch_size):
         rows = [(s.prompt_ids + s.target_ids)[:-1] for s in sequences[i : i + batch_size]]
-        device = model.get_input_embeddings().weight.device
-        ids, real = _padded(rows, device), _padded([[1] * len(row) for row in rows], device).bool()
-        moments: dict[str, Tensor] = {}
-
-        def read(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                keys = args[0].detach()[real]  # noqa: B023 - called within this turn of the loop
-                if (shard := shard_of(module)) is not None:
-                    keys = shard.whole(keys, 1)
-                keys = keys.float()
-                moments[name] = (keys.T @ keys).double()  # noqa: B023
-                if len(moments) == len(modules):  # noqa: B023
-                    raise _Enough
-
-            return hook
-
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(read(name)) for name in modules
-        ]
-        try:
-            with torch.inference_mode(False), torch.no_grad(), evaluation_mode(model):
-                # Padding on the right is seen by no real token.
-                model.base_model(input_ids=ids, use_cache=False)
-        except _Enough:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
+        ids, mask = pad_right(rows, device)
+        reader = _Reader(mask.bool(), mask.bool(), enough=len(modules))
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            evaluation_mode(model),
+            reader.attached(model, modules),
+            reader.reading(),
+            suppress(_Enough),
+        ):
+            model.base_model(input_ids=ids, use_cache=False)
+        moments = {}
+        for name, keys in reader.keys.items():
+            if (shard := shard_of(model.get_submodule(name))) is not None:
+                keys = shard.whole(keys, 1)
+            moments[name] = (keys.float().T @ keys.float()).double()
         yield moments
 
 
@@ -236,19 +221,13 @@ class _Batch:
     owner: Tensor  # [n]
 
 
-def _padded(rows: list[list[int]], device: torch.device) -> Tensor:
-    """[rows, longest], padded with zeros on the right."""
-    width = max(len(row) for row in rows)
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-
-
 def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
     rows = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
     first = torch.tensor([len(s.prompt_ids) - 1 for s in sequences], device=device)
     targets = torch.tensor([len(s.target_ids) for s in sequences], device=device)
     cuts = [min(s.places, default=len(s.prompt_ids) - 1) if split else 0 for s in sequences]
     prefixes = torch.tensor(cuts, device=device)
-    rest_ids = _padded([row[cut:] for row, cut in zip(rows, cuts, strict=True)], device)
+    rest_ids, _ = pad_right([row[cut:] for row, cut in zip(rows, cuts, strict=True)], device)
     columns = torch.arange(rest_ids.shape[1], device=device) + prefixes[:, None]
     answer = (columns >= first[:, None]) & (columns < (first + targets)[:, None])
     changed = answer.clone()
@@ -257,7 +236,7 @@ def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
             changed[i] = False
             changed[i, [place - cuts[i] for place in s.places]] = True
     return _Batch(
-        prefix_ids=_padded([row[:cut] for row, cut in zip(rows, cuts, strict=True)], device),
+        prefix_ids=pad_right([row[:cut] for row, cut in zip(rows, cuts, strict=True)], device)[0],
         rest_ids=rest_ids,
         gap=prefixes.max() - prefixes,
         rows=changed,
@@ -289,11 +268,16 @@ def _prefill(model: Any, batch: _Batch) -> Any:
     return past
 
 
-class _Reader:
-    """The one owner of hooks: reads the edited modules and trims the output head's work."""
+class _Enough(Exception):
+    """All modules were read; what comes after them need not be computed."""
 
-    def __init__(self, rows: Tensor, answer: Tensor) -> None:
-        self.rows, self.answer = rows, answer
+
+class _Reader:
+    """The one owner of hooks: reads the edited modules and trims the output head's work. With
+    `enough`, the forward pass ends by _Enough once so many modules were read."""
+
+    def __init__(self, rows: Tensor, answer: Tensor, enough: int | None = None) -> None:
+        self.rows, self.answer, self.enough = rows, answer, enough
         self.keys: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self._active = False
@@ -321,6 +305,8 @@ class _Reader:
             if not self._active:
                 return None
             self.keys[name] = args[0].detach()[self.rows]
+            if len(self.keys) == self.enough:
+                raise _Enough
             if torch.is_grad_enabled() and not output.requires_grad:
                 output = output.detach().requires_grad_()  # the graph starts here
             self.outputs[name] = output

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ultraedit_kernels.model.capture import evaluation_mode
+from ultraedit_kernels.model.encoding import pad_right
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,9 @@ def logits_from(
         past = copy.deepcopy(past)
         past.batch_repeat_interleave(len(rows))
     width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     keep = width - min(first)
+    ids, _ = pad_right(rows, device)
     with evaluation_mode(model):
-        # Padding on the right is seen by no real token.
         logits = model(
             input_ids=ids, past_key_values=past, use_cache=past is not None, logits_to_keep=keep
         ).logits.float()
