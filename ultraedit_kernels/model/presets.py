@@ -34,8 +34,8 @@ models of the paper; on others search for the best one (`lr · d_in` ≈ 0.0143 
 widths)."""
 
 AT_NAMES: dict[str, Any] = {"step": 0.25, "reach": 0.2, "rounds": 40, "margin": 2.0}
-"""Other defaults of edits at names, chosen on 20 CounterFact records of SmolLM2-135M-Instruct: with
-steps of 0.4 prose kept 95.4 % of its likeliest tokens, with these 97.3 %."""
+"""Other defaults of edits at names, chosen on few CounterFact records of SmolLM2-135M-Instruct: of
+20 edits in steps of 0.4 prose kept 95.4 % of its likeliest tokens, in steps of 0.25 97.3 %."""
 
 PAPER_TURN_SIZE = 100
 """Edits solved together in the paper."""
