@@ -6,8 +6,6 @@ import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from jinja2 import TemplateError
-from vllm.exceptions import VLLMValidationError
 from vllm.renderers import ChatParams
 from vllm.renderers.hf import resolve_chat_template
 from vllm.renderers.registry import renderer_from_config
@@ -50,10 +48,7 @@ def load_tokenizer(config: Any, rendering: Rendering) -> Any:
         own = {"add_generation_prompt": opened, "continue_final_message": False, "tokenize": False}
         kwargs = rendering.kwargs | own
         params = ChatParams(rendering.chat_template, rendering.content_format, kwargs)
-        try:
-            _, prompt = renderer.render_messages([dict(m) for m in messages], params)
-        except VLLMValidationError as error:
-            raise TemplateError(str(error)) from error
+        _, prompt = renderer.render_messages([dict(m) for m in messages], params)
         if "prompt" in prompt:
             return str(prompt["prompt"])
         return str(tokenizer.decode(prompt["prompt_token_ids"]))

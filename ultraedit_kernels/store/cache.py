@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ultraedit_kernels.model.gguf import cache_folder
 from ultraedit_kernels.store import files
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def directory() -> Path | None:
     given = os.environ.get("ULTRAEDIT_CACHE")
     if given is not None:
         return Path(given) if given else None
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ultraedit"
+    return cache_folder()
 
 
 def load(
