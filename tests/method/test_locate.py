@@ -9,7 +9,13 @@ import torch
 from tests.method.small import run
 from ultraedit_kernels import Editor, EditRequest
 from ultraedit_kernels.method import locate
-from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, own_keys, own_texts
+from ultraedit_kernels.method.protect import (
+    OWN_TOKENS,
+    Anchors,
+    output_moments,
+    own_keys,
+    own_texts,
+)
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence, encode
 from ultraedit_kernels.model.generation import generate
@@ -42,6 +48,32 @@ def test_keys_of_own_texts_are_all_that_a_ridge_system_sees_of_them(anchors) -> 
         shield = held.keys[name]
         torch.testing.assert_close(shield.T @ shield, expected, rtol=1e-3, atol=1e-3)
     assert held.watch.own == len(held.watch) and not len(held.watch.lead)
+
+
+def test_outputs_on_which_much_depends_are_told_from_the_gradients_of_what_was_written(anchors):
+    model, weights, texts, held = anchors
+    found = output_moments(model, texts[:5], weights)
+    for name in weights:
+        outputs = []
+        hook = model.get_submodule(name).register_forward_hook(
+            lambda _m, _a, out, kept=outputs: kept.append(out.requires_grad_())
+        )
+        expected, tokens = torch.zeros(weights[name].shape[0], weights[name].shape[0]), 0
+        for text in texts[:5]:
+            ids = text.prompt_ids + text.target_ids
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum")
+            (grad,) = torch.autograd.grad(loss, outputs.pop())
+            slopes = grad[0, 1:-1]  # neither the first token, nor the last, which says nothing
+            expected, tokens = expected + slopes.T @ slopes, tokens + len(slopes)
+        hook.remove()
+        torch.testing.assert_close(
+            found[name].float(),
+            expected / tokens,
+            rtol=1e-3,
+            atol=1e-3 * float(expected.max() / tokens),
+        )
+        assert held.outputs[name].shape == weights[name].shape[:1] * 2
 
 
 def test_a_model_that_is_not_sure_names_nothing(anchors, tokenizer) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ultraedit_kernels.method.protect import moment_shield
 from ultraedit_kernels.method.shield import System, extend_shield
 from ultraedit_kernels.method.step import (
     MAX_GAIN,
@@ -16,6 +17,7 @@ from ultraedit_kernels.method.step import (
     descending,
     enlarged,
     free_values,
+    natural,
     sized,
     tied,
 )
@@ -160,6 +162,45 @@ def test_no_output_moves_beyond_reach_and_one_goal_holds_back_no_other(at, keys,
     for name in MODULES:
         assert torch.allclose(found[name][:3], values[name][:3], rtol=1e-4)
         assert torch.allclose(found[name][3:], 0.1 * values[name][3:], rtol=1e-4)
+
+
+def test_natural_values_gain_the_most_for_what_they_change_elsewhere(keys, grads):
+    ridge, tokens = 2.0, rows(30, D_IN, 50)
+    fisher = {name: (x := rows(9, D_OUT, 51 + i)).T @ x for i, name in enumerate(MODULES)}
+    fisher["b"] *= 5.0
+    shield = {n: extend_shield(none(D_IN)[n], tokens, ridge, limit=D_IN) for n in MODULES}
+    outputs = {n: moment_shield(fisher[n], ridge, limit=D_OUT) for n in MODULES}
+    one = {n: keys[n][:1] for n in MODULES}
+    slopes = {n: grads[n][:1] for n in MODULES}
+    systems = {n: System(one[n], ridge, shield[n]) for n in MODULES}
+    found = natural(slopes, outputs, systems)
+
+    def cost(values: dict[str, Tensor]) -> Tensor:
+        """½ Σ tr(F ΔW C ΔWᵀ), both damped, of the least change that moves each output so."""
+        total = torch.zeros((), dtype=torch.float64)
+        for n, v in values.items():
+            f = fisher[n] + ridge * torch.eye(D_OUT)
+            c = tokens.T @ tokens + ridge * torch.eye(D_IN)
+            spread = torch.linalg.solve(c, one[n].T).T
+            change = v.T @ spread / (spread @ one[n].T)
+            total = total + 0.5 * torch.trace(f @ change @ c @ change.T)
+        return total
+
+    def gain(values: dict[str, Tensor]) -> Tensor:
+        return torch.stack([-(slopes[n] * v).sum() for n, v in values.items()]).sum()
+
+    best = gain(found) ** 2 / cost(found)
+    # The bound of Cauchy and Schwarz: 2 Σ gᵀF⁻¹g kᵀC⁻¹k.
+    expected = torch.zeros((), dtype=torch.float64)
+    for n in MODULES:
+        f = fisher[n] + ridge * torch.eye(D_OUT)
+        c = tokens.T @ tokens + ridge * torch.eye(D_IN)
+        spread = slopes[n] @ torch.linalg.solve(f, slopes[n].T)
+        expected += 2 * (spread * (one[n] @ torch.linalg.solve(c, one[n].T))).sum()
+    torch.testing.assert_close(best, expected)
+    for seed in range(5):
+        other = {n: v + 0.1 * rows(1, D_OUT, 60 + seed) for n, v in found.items()}
+        assert gain(other) ** 2 / cost(other) < best
 
 
 def test_positions_of_one_name_share_the_mean_of_those_that_step(at):

@@ -240,7 +240,7 @@ class Memory:
     def _depends_on(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """All that the texts of the model's own depend on, besides the edited weights."""
         return {
-            "format": 1,
+            "format": 2,
             "texts": [self._texts, SAMPLE_TOKENS, LONG_TEXT, KEPT_TEXTS, self._seed],
             "first": tokenizer.bos_token_id,
             "shield": [self._rows, self._ridge, OWN_WEIGHT, OWN_TOKENS, self._at_names],

@@ -44,11 +44,15 @@ OWN_TOKENS = 40_000
 """For edits at names, tokens that the keys of all own texts weigh as much as."""
 LONG_TEXT = 128
 """Tokens of an own text for edits at names, which must leave what stands far from its beginning."""
-FEWER = 16
+FEWER = 5
 """Of how many own texts that are asked for one is written for edits at names, which need no more
 than the second moments of its keys."""
 OUTPUT_RIDGE = 0.03
 """Ridge of the outputs' shield, as a share of the slopes' mean square in a direction."""
+NAMES_OUTPUT_RIDGE = 0.1
+"""The same for edits at names, of the mean over all modules: one that much depends on is spared."""
+SLOPE_TEXTS = 50
+"""Own texts of which the slopes of what follows are taken, for edits at names."""
 FEW = 0.25
 """Share of own texts that are distinct, under which the operator is warned."""
 
@@ -103,8 +107,12 @@ class Anchors:
 def own_keys(
     model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
 ) -> Anchors:
-    """Anchors for edits at names, from texts that the model wrote: their keys at all tokens.
+    """Anchors for edits at names, from texts that the model wrote: their keys at all tokens, and
+    how much of what the model says depends on each output.
 
+    A change ΔW moves what is said of such texts by about ½ tr(F ΔW C ΔWᵀ), the Kullback-Leibler
+    divergence with the Fisher information F of the outputs and the second moments C of the keys
+    (K-FAC, Martens and Grosse, arXiv 1503.05671). The two shields take F and C.
     What early layers say at a token reaches the leads of others in ways that no first-order
     change shows: the texts are not watched, but kept for the guards.
 
@@ -125,12 +133,43 @@ def own_keys(
     weight = OWN_TOKENS / max(1, sum(len(text.target_ids) for text in texts))
     for name, moment in moments.items():
         anchors.keys[name] = moment_shield(moment * weight, ridge, limit)
+    fisher = output_moments(model, texts[:SLOPE_TEXTS], weights)
+    mean = sum(float(f.diagonal().mean()) for f in fisher.values()) / len(fisher)
+    for name, moment in fisher.items():
+        if mean > 0:
+            anchors.outputs[name] = moment_shield(moment, NAMES_OUTPUT_RIDGE * mean, limit)
     watch = replace(anchors.watch, sequences=sure, own=len(sure))
     return replace(anchors, watch=watch)
 
 
+def output_moments(
+    model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The Fisher information of the modules' outputs, module → [d_out, d_out] float64: the mean of
+    ggᵀ over tokens, g the gradient of the log-likelihood of what the model wrote after them.
+
+    Args: as of `own_anchors`; of texts that the model sampled.
+    """
+    moments = {
+        name: w.new_zeros(w.shape[0], w.shape[0], dtype=torch.float64)
+        for name, w in weights.items()
+    }
+    # Not the first token, at which all texts are alike.
+    later = [
+        Sequence(s.prompt_ids + s.target_ids[:1], s.target_ids[1:])
+        for s in texts
+        if len(s.target_ids) > 1
+    ]
+    tokens = sum(len(s.target_ids) for s in later)
+    for _, captured in captures(model, later, list(weights), margin=0.0):
+        for name, moment in moments.items():
+            slopes = captured.grads[name].float() * captured.averaged
+            moment += (slopes.T @ slopes).double() / tokens
+    return moments
+
+
 def moment_shield(moment: Tensor, ridge: float, limit: int) -> Tensor:
-    """The shield [≤ limit, d] of anchors of which Σ kkᵀ [d, d] float64 is known.
+    """The shield [≤ limit, d] of anchors of which Σ kkᵀ [d, d] float64 is known, see `shield`.
 
     The weakest directions, which find no place in it, are taken to be alike, and their mean is a
     part of the ridge: else a change would hide in them, where it does most harm.
@@ -204,16 +243,20 @@ def _bounded(rows: Tensor, limit: int) -> Tensor:
 
 
 def captures(
-    model: Any, sequences: Seq[Sequence], modules: Seq[str], backward: bool = True
+    model: Any,
+    sequences: Seq[Sequence],
+    modules: Seq[str],
+    backward: bool = True,
+    margin: float = OUT_OF_REACH,
 ) -> Iterator[tuple[Seq[Sequence], Captured]]:
     """Capture sequences, with the slopes of their leads if `backward`, in batches of bounded
-    memory."""
+    memory; with a margin of 0, the slopes of their log-likelihood."""
     longest = max((len(s.target_ids) for s in sequences), default=1)
     vocabulary = model.config.get_text_config().vocab_size
     size = max(1, min(SAMPLE_BATCH, CAPTURE_LOGITS // (longest * vocabulary)))
     for i in range(0, len(sequences), size):
         part = sequences[i : i + size]
-        yield part, capture(model, part, modules, backward=backward, margin=OUT_OF_REACH)
+        yield part, capture(model, part, modules, backward=backward, margin=margin)
 
 
 def own_texts(

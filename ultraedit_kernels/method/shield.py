@@ -79,6 +79,13 @@ class System:
         self._factor = cholesky(self._gram, ridge)
         self.keys = rest.to(torch.promote_types(keys.dtype, torch.float32))
 
+    @property
+    def rarity(self) -> Tensor:
+        """[n] float: H̃Hᵀ at each key, what the anchors leave of its square norm."""
+        if not self._shielded:
+            return self.keys.float().square().sum(1)
+        return self._gram.diagonal()
+
     def solve(self, values: Tensor) -> Tensor:
         """Y [n, d_out] for values [n, d_out]; float64 if they are, else float32."""
         if not self._shielded:

@@ -80,6 +80,26 @@ def steepest(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: -g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in grads.items()}
 
 
+def natural(
+    grads: Mapping[str, Tensor], outputs: Mapping[str, Tensor], systems: Mapping[str, System]
+) -> dict[str, Tensor]:
+    """The values, per module [n, d_out], that gain most for what they change elsewhere.
+
+    A key k whose output moves by v changes what is said of general text by ½ vᵀFv / kᵀC⁻¹k, with F
+    and C as in `protect.own_keys`. The gain for the least change is v = -(kᵀC⁻¹k) F⁻¹g, the natural
+    gradient: more in modules where the key is rare, less where much depends on the output.
+
+    Args:
+        grads: g, module → [n, d_out].
+        outputs: module → shield of F.
+        systems: module → system of the keys, with the shield of C.
+    """
+    return {
+        n: shielded(v, outputs[n]) * systems[n].rarity[:, None].to(v)
+        for n, v in steepest(grads).items()
+    }
+
+
 def descending(
     values: Mapping[str, Tensor], grads: Mapping[str, Tensor], at: Positions
 ) -> dict[str, Tensor]:

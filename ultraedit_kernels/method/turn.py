@@ -21,8 +21,8 @@ from ultraedit_kernels.method.step import (
     descending,
     enlarged,
     free_values,
+    natural,
     sized,
-    steepest,
     tied,
 )
 from ultraedit_kernels.ops.statistics import Statistics
@@ -130,7 +130,10 @@ def _step(
         # Ask for a share of the loss; then for as much more as ridge and shield take of it.
         slopes = {name: grad * takes for name, grad in grads.items()}
         # At names, a second turn of SmolLM2 by statistics of the first changed 2.5 times as much.
-        values = descending(asked(1.0), slopes, at) if names is None else steepest(slopes)
+        if names is None:
+            values = descending(asked(1.0), slopes, at)
+        else:
+            values = natural(slopes, anchors.outputs, systems)
         values = sized(values, slopes, seen.objective, settings.step, at)
         if names is not None:
             values, at = tied(values, takes, names), names
