@@ -125,8 +125,8 @@ def test_a_vision_tower_of_the_same_depth_and_width_is_left_alone() -> None:
         ("llama", sized(8, 128, 384), names(DOWN, range(4, 8))),
         ("llama", sized(1, 128, 384), names(DOWN, range(1))),
         # Deep enough for edits at names: early layers, whatever the paper edits in this size.
-        ("llama", sized(30, 128, 384), names(DOWN, range(2, 14))),
-        ("mistral", sized(32, 4096, 14336), names(DOWN, range(2, 15))),
+        ("llama", sized(30, 128, 384), names(DOWN, range(1, 14))),
+        ("mistral", sized(32, 4096, 14336), names(DOWN, range(1, 15))),
         ("qwen3", sized(12, 128, 384), names(DOWN, range(1, 6))),
         (
             "gptj",
@@ -212,7 +212,7 @@ def test_a_conv1d_is_a_linear_module() -> None:
     model = gpt2(4)
     assert resolve_modules(model, model.config, "auto") == names(c_proj, range(4))
     deep = gpt2(48)  # as GPT2-XL
-    assert resolve_modules(deep, deep.config, "auto") == names(c_proj, range(3, 22))
+    assert resolve_modules(deep, deep.config, "auto") == names(c_proj, range(2, 22))
     assert resolve_modules(deep, deep.config, "published") == names(c_proj, range(36, 48))
     others = ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"]
     assert resolve_modules(model, model.config, others) == others

@@ -85,10 +85,10 @@ PRESETS = (
     ),
 )
 
-EARLY = (0.07, 0.43)
+EARLY = (0.045, 0.43)
 """From where to where in the depth, as shares of it, edits at names are made: there the key of a
 name's last token is nearly the same in every sentence, and later layers read what is written. The
-more layers share a change, the less each changes: layers 2 to 13 of SmolLM2-135M's 30 kept more of
+more layers share a change, the less each changes: layers 1 to 13 of SmolLM2-135M's 30 kept more of
 prose and of rephrases than 5 to 13 or 3 to 8."""
 DEEP = 12
 """Least layers of a model for edits at names: fewer leave no room between name and answer."""
