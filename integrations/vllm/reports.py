@@ -34,12 +34,12 @@ class Reports:
 
     def __init__(self, state_dir: str | None) -> None:
         self._folder = None if state_dir is None else Path(state_dir) / FOLDER
-        self._reports: OrderedDict[int, str] = OrderedDict()
+        self._reports: OrderedDict[int, bytes] = OrderedDict()
 
     def write(self, version: int, digest: str, answers: Seq[Mapping[str, Any]]) -> None:
         """Keep the answers to the requests of a turn, in their order. If they cannot be written
         that is logged, and what was done stands."""
-        text = json.dumps({"digest": digest} | _report(answers))
+        text = json.dumps({"digest": digest} | _report(answers)).encode()
         if self._folder is None:
             self._reports[version] = text
             self._reports.move_to_end(version)
@@ -50,7 +50,7 @@ class Reports:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             path = self._path(version)
             new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-            new.write_text(text)
+            new.write_bytes(text)
             new.replace(path)
         except OSError as error:
             logger.error("UltraEdit: the answers of version %d were not kept: %s", version, error)
@@ -59,19 +59,21 @@ class Reports:
         """The report of a version that the journal has: `edits` and `specificity`. None if there
         is none: of a delta, or if the server ended before it had read the answers."""
         version = record["version"]
-        if self._folder is None:
-            text = self._reports.get(version, "null")
-        else:
-            try:
-                text = self._path(version).read_text()
-            except OSError:
-                return None
         try:
-            report = json.loads(text)
-            return report if report and report.pop("digest") == record["digest"] else None
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            kept = self._folder is None
+            text = self._reports[version] if kept else self._path(version).read_bytes()
+            report: dict[str, Any] = json.loads(text)
+            same = report.pop("digest") == record["digest"]
+            return report if same and len(report["edits"]) == len(record["edits"]) else None
+        except (KeyError, OSError):
+            return None  # there is none
+        except (ValueError, TypeError, AttributeError) as error:
             logger.warning("UltraEdit: %s is damaged: %r", self._path(version), error)
             return None
+
+    def beside(self, records: Seq[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The records, each with its report as `answers`."""
+        return [{**record, "answers": self.of(record)} for record in records]
 
     def _path(self, version: int) -> Path:
         assert self._folder is not None

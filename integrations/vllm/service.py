@@ -236,10 +236,8 @@ class EditService:
         """Journal entries below version `before`, newest first, each with what the engine said
         before and after, see `Reports.of`."""
         history = await self._engines.leader.history(limit, before)
-        entries = history["entries"]
-        reports = await asyncio.to_thread(lambda: [self._reports.of(entry) for entry in entries])
-        told = [e | {"answers": report} for e, report in zip(entries, reports, strict=True)]
-        return {**history, "entries": told}
+        entries = await asyncio.to_thread(self._reports.beside, history["entries"])
+        return {**history, "entries": entries}
 
     async def status(self, digest: bool) -> list[dict[str, Any]]:
         """What every rank of every engine serves."""
@@ -294,13 +292,7 @@ class EditService:
             answers.append(waiting.answer)
         if not (dry_run := requests[0].dry_run):
             await asyncio.to_thread(self._reports.write, version, result["digest"], answers)
-        logger.info(
-            "UltraEdit: %s: %d of %d edits succeeded, of %d requests",
-            "dry run" if dry_run else f"version {version}",
-            sum(edit["succeeded"] for answer in answers for edit in answer["edits"]),
-            first,
-            len(rest),
-        )
+        _log("dry run" if dry_run else f"version {version}", answers)
 
     async def _change(
         self, turn: Turn, together: list[Asked], before: list[list[str]]
@@ -376,6 +368,17 @@ def why_no_edits(parallel: Any) -> str:
             "one of them would not reach"
         )
     return ""
+
+
+def _log(what: str, answers: list[dict[str, Any]]) -> None:
+    edits = [edit for answer in answers for edit in answer["edits"]]
+    logger.info(
+        "UltraEdit: %s: %d of %d edits succeeded, of %d requests",
+        what,
+        sum(edit["succeeded"] for edit in edits),
+        len(edits),
+        len(answers),
+    )
 
 
 def _answer_all(together: list[Waiting], error: EditError) -> None:

@@ -18,6 +18,8 @@ const state = {
   more: false,
   health: null,
   digests: null, // of the last reading back
+  told: null, // the version that was announced last
+  changes: 0, // made here; what was asked before one is old news after it
   wait: BUSY,
   timer: 0,
   looking: null, // the look that is under way
@@ -92,13 +94,16 @@ function forgetKey() {
 async function look() {
   clearTimeout(state.timer);
   if (key.get() === null) return;
+  const { changes } = state;
   try {
     const [health, newest] = await Promise.all([call("/health"), call("?limit=1")]);
     const news = JSON.stringify(newest.data) !== JSON.stringify(state.entries.slice(0, 1));
+    if (changes !== state.changes) return;
     if (news || state.health === null) await fetchVersions();
+    if (key.get() === null) return; // it was forgotten meanwhile
     const busy = health.turn || health.queue.length > 0;
     state.wait = busy || news ? BUSY : Math.min(state.wait * 1.5, IDLE);
-    connected(health, news);
+    connected(health, news, changes === state.changes);
   } catch (error) {
     state.wait = Math.min(Math.max(state.wait, BUSY) * 2, LOST);
     if (error.status === undefined) throw error;
@@ -149,7 +154,7 @@ async function fetchOlder() {
   }
 }
 
-function connected(health, news) {
+function connected(health, news, last) {
   const before = state.health;
   state.health = health;
   tell("problem", null);
@@ -158,7 +163,9 @@ function connected(health, news) {
   at("main").hidden = false;
   showHealth();
   if (news || before === null) showVersions();
-  if (before !== null && before.version !== health.version) say(`Version ${health.version} is served now.`);
+  if (state.sending || !last) return; // what was done here is told as its answer
+  if (state.told !== null && state.told !== health.version) say(`Version ${health.version} is served now.`);
+  state.told = health.version;
 }
 
 // Showing
@@ -255,6 +262,7 @@ async function send(body) {
   try {
     const answer = await call("", body, { wait: true });
     sessionStorage.removeItem(PENDING);
+    if (!body.dry_run) changedTo(answer.version);
     showResult(answer, body.dry_run);
   } catch (error) {
     const lost = error.status === 0 && !body.dry_run;
@@ -268,6 +276,11 @@ async function send(body) {
     state.sending = false;
     lookSoon();
   }
+}
+
+function changedTo(version) {
+  state.changes += 1;
+  state.told = version;
 }
 
 function showResult(answer, dry) {
@@ -315,6 +328,7 @@ async function rollBack() {
       return;
     }
     const done = await call("/rollback", { version }, { wait: true });
+    changedTo(done.version);
     at("confirm").close();
     say(`Version ${done.version} is served again.`);
     await lookSoon();
