@@ -36,6 +36,7 @@ ON_THE_SERVER = (
     "test_judge",
     "test_latency",
     "test_operators",
+    "test_page_in_browser",
     "test_tensor_parallel",
 )
 

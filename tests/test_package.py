@@ -52,3 +52,15 @@ def test_editor_without_transformers_says_what_to_install():
     )
     assert done.returncode != 0
     assert "pip install 'ultraedit-kernels[transformers]'" in done.stdout + done.stderr
+
+
+def test_the_files_of_the_page_are_installed_with_the_package(tmp_path: Path) -> None:
+    options = ["egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path)]
+    command = [sys.executable, "setup.py", "-q", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    built = tmp_path / "lib" / "ultraedit_kernels" / "integrations" / "vllm" / "ui"
+    files = {file.name: file.read_bytes() for file in built.iterdir()}
+    source = ROOT / "integrations" / "vllm" / "ui"
+    assert files == {file.name: file.read_bytes() for file in source.iterdir()}
+    assert {"index.html", "page.js", "page.css"} < set(files)

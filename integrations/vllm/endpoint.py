@@ -29,6 +29,7 @@ from vllm.logger import init_logger
 
 from ultraedit_kernels.integrations.vllm import keys, metrics
 from ultraedit_kernels.integrations.vllm.audit import Audit
+from ultraedit_kernels.integrations.vllm.page import PageFiles
 from ultraedit_kernels.integrations.vllm.protocol import (
     ERRORS,
     EXPECTED,
@@ -78,7 +79,7 @@ class UltraEditEndpoint:
         require_key(own_keys or api_keys, settings.without_key)
         # Around all of vLLM's; `add_middleware` is refused, since vLLM has built the stack already.
         inner = self._app.middleware_stack or self._app.build_middleware_stack()
-        self._app.middleware_stack = keys.EditKeys(inner, own_keys, api_keys)
+        self._app.middleware_stack = PageFiles(keys.EditKeys(inner, own_keys, api_keys))
         state.ultraedit_settings = settings
         state.ultraedit_audit = Audit(section.get("state_dir"), settings.audit_prompts)
 
@@ -261,7 +262,10 @@ async def index(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     before: Annotated[int | None, Query(ge=1, le=MAX_VERSION)] = None,
 ) -> dict[str, Any]:
-    """The journal, newest version first; for the next page send the last one as `before`."""
+    """The journal, newest version first; for the next page send the last one as `before`.
+
+    Beside its record each has `answers`: what the engine said before and after, if that is known.
+    """
     page = await _service(request).history(limit, before)
     return {"object": "list", "data": page["entries"], "has_more": page["has_more"]}
 
@@ -307,7 +311,7 @@ async def health(request: Request, digest: bool = False) -> Response:
     service = _service(request)
     ranks = await service.status(digest)
     record = await _record(service, ranks[0]["version"]) if digest else None
-    found = Health.of(ranks, record["digest"] if record else None)
+    found = Health.of(ranks, record["digest"] if record else None, service.changes())
     return JSONResponse(found.model_dump(), 200 if found.status == "ok" else 503)
 
 

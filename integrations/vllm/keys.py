@@ -35,7 +35,9 @@ class EditKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on if its key may, else answer 401 or 403."""
-        if _is_edits(scope) and scope["method"] != "OPTIONS":
+        path = path_of(scope)
+        edits = path == PREFIX or path.startswith(f"{PREFIX}/")
+        if edits and scope["method"] != "OPTIONS":
             scheme, _, key = Headers(scope=scope).get("Authorization", "").partition(" ")
             given = _digest(key.strip() if scheme.lower() == "bearer" else "")
             if self._keys and not _among(given, self._keys):
@@ -60,11 +62,12 @@ class EditKeys:
         return response
 
 
-def _is_edits(scope: Scope) -> bool:
+def path_of(scope: Scope) -> str:
+    """The path that a request asks for, as the routes have it; empty for what is no request."""
     if scope["type"] != "http":
-        return False
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path == PREFIX or path.startswith(f"{PREFIX}/")
+        return ""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _digest(key: str) -> bytes:

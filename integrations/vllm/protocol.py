@@ -258,6 +258,16 @@ class Rank(BaseModel):
     """SHA-256 of the edited weights; null where it was not asked for."""
 
 
+class Change(BaseModel):
+    """A change that is under way or waits."""
+
+    kind: Literal["edit", "apply", "rollback"]
+    edits: int
+    dry_run: bool
+    seconds: float
+    """Since it was asked for."""
+
+
 class Health(BaseModel):
     """Whether all ranks serve the same weights, and which."""
 
@@ -265,20 +275,28 @@ class Health(BaseModel):
     version: int
     turn: bool
     """Whether a change is under way."""
+    queue: list[Change]
+    """The changes of the API server that answers: first the one under way, then those that wait."""
     traffic_keys: int
     """Keys of live traffic that are held still, per module."""
     ranks: list[Rank]
 
     @classmethod
-    def of(cls, ranks: Sequence[Mapping[str, Any]], recorded: str | None) -> Health:
-        """Of the ranks' answers, and the digest that the journal has for the first one's version,
-        if it is to be compared."""
+    def of(
+        cls,
+        ranks: Sequence[Mapping[str, Any]],
+        recorded: str | None,
+        queue: Sequence[Mapping[str, Any]] = (),
+    ) -> Health:
+        """Of the ranks' answers, the digest that the journal has for the first one's version if it
+        is to be compared, and the changes of this server."""
         digests = {rank["digest"] for rank in ranks} | ({recorded} if recorded else set())
         same = len({rank["version"] for rank in ranks}) == 1 and len(digests) == 1
         return cls(
             status="ok" if same else "diverged",
             version=ranks[0]["version"],
             turn=ranks[0]["turn"],
+            queue=[Change(**change) for change in queue],
             traffic_keys=ranks[0]["traffic_keys"],
             ranks=[Rank(**{name: rank[name] for name in Rank.model_fields}) for rank in ranks],
         )

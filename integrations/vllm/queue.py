@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ultraedit_kernels.integrations.vllm.answers import Asked, other_body
 from ultraedit_kernels.integrations.vllm.protocol import EditError
@@ -22,6 +22,7 @@ class Waiting:
 
     asked: Asked | None = None
     """What a request to edit asks for; of another change, nothing."""
+    kind: Literal["edit", "apply", "rollback"] = "edit"
     begun: float = field(default_factory=time.perf_counter)
     answer: dict[str, Any] | EditError | None = None
 
@@ -40,6 +41,19 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """What is under way and what waits, in their order, as `protocol.Change` has it."""
+        now = time.perf_counter()
+        return [
+            {
+                "kind": waiting.kind,
+                "edits": len(waiting.asked.requests) if waiting.asked else 0,
+                "dry_run": waiting.asked is not None and waiting.asked.dry_run,
+                "seconds": now - waiting.begun,
+            }
+            for waiting in self._waiting
+        ]
 
     @asynccontextmanager
     async def turn_of(self, waiting: Waiting) -> AsyncIterator[None]:

@@ -31,6 +31,7 @@ from ultraedit_kernels.integrations.vllm.answers import (
 from ultraedit_kernels.integrations.vllm.commit import Turn, take_turn
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.queue import Queue, Tasks, Waiting
+from ultraedit_kernels.integrations.vllm.reports import Reports
 from ultraedit_kernels.integrations.vllm.served import Served, goes_on
 from ultraedit_kernels.integrations.vllm.tokenizer import (
     load_tokenizer,
@@ -65,6 +66,7 @@ class EditService:
         self._reader = Reader(engine, self._served, self._penalties)
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="ultraedit")
         self._queue, self._tasks = Queue(self._own.max_queue), Tasks()
+        self._reports = Reports(self._settings.get("state_dir"))
         self._refusal = why_no_edits(config.parallel_config)
         self._stales_cache = True
         self._stops: list[int] = []
@@ -73,6 +75,10 @@ class EditService:
     def waiting(self) -> int:
         """Changes that are under way or wait."""
         return len(self._queue)
+
+    def changes(self) -> list[dict[str, Any]]:
+        """These, in their order, as `protocol.Change` has them."""
+        return self._queue.changes()
 
     async def start(self) -> None:
         """Have the worker build twin and editor, and see that the twin is the served model.
@@ -191,7 +197,7 @@ class EditService:
             begun,
             self._served,
         )
-        waiting = Waiting(asked, begun)
+        waiting = Waiting(asked, begun=begun)
         async with self._queue.turn_of(waiting):
             if waiting.answer is None:
                 await self._edit(self._queue.sharing(waiting))
@@ -202,7 +208,7 @@ class EditService:
 
     async def apply(self, data: bytes) -> dict[str, Any]:
         """Commit a delta file that was computed elsewhere, as one turn."""
-        waiting = Waiting()
+        waiting = Waiting(kind="apply")
         async with self._queue.turn_of(waiting), self._turn() as turn:
             queue_ms = ms_since(waiting.begun)
             result = await turn.apply_delta(data)
@@ -211,7 +217,7 @@ class EditService:
 
     async def rollback(self, version: int) -> dict[str, Any]:
         """Serve an earlier version, bit for bit, and forget the later ones."""
-        waiting = Waiting()
+        waiting = Waiting(kind="rollback")
         async with self._queue.turn_of(waiting), self._turn() as turn:
             queue_ms = ms_since(waiting.begun)
             newest = (await self._engines.leader.status())[0]["version"]
@@ -227,8 +233,11 @@ class EditService:
             return await _version_answer(turn, waiting.begun, queue_ms, commit_ms)
 
     async def history(self, limit: int, before: int | None) -> History:
-        """Journal entries below version `before`, newest first."""
-        return await self._engines.leader.history(limit, before)
+        """Journal entries below version `before`, newest first, each with what the engine said
+        before and after, see `Reports.of`."""
+        history = await self._engines.leader.history(limit, before)
+        entries = await asyncio.to_thread(self._reports.beside, history["entries"])
+        return {**history, "entries": entries}
 
     async def status(self, digest: bool) -> list[dict[str, Any]]:
         """What every rank of every engine serves."""
@@ -273,27 +282,17 @@ class EditService:
             requests = [asked for _, asked in rest]
             before = [await self._reader.answers(asked.probes) for asked in requests]
             result, after, timings = await self._change(turn, requests, before)
-        first = 0
+        version, answers, first = result["version"], [], 0
         for i, (waiting, asked) in enumerate(rest):
             outcomes = result["edits"][first : first + len(asked.requests)]
             first += len(asked.requests)
             own = {"queue_ms": queue_ms[i], **timings}
-            answer = answer_of(
-                result["version"], asked, outcomes, before[i], after[i], own, self._why_other
-            )
+            answer = answer_of(version, asked, outcomes, before[i], after[i], own, self._why_other)
             waiting.answer = answer | {"rejected": result["rejected"]}
-        logger.info(
-            "UltraEdit: %s: %d of %d edits succeeded, of %d requests",
-            "dry run" if requests[0].dry_run else f"version {result['version']}",
-            sum(
-                edit["succeeded"]
-                for waiting, _ in rest
-                if isinstance(waiting.answer, dict)
-                for edit in waiting.answer["edits"]
-            ),
-            first,
-            len(rest),
-        )
+            answers.append(waiting.answer)
+        if not (dry_run := requests[0].dry_run):
+            await asyncio.to_thread(self._reports.write, version, result["digest"], answers)
+        _log("dry run" if dry_run else f"version {version}", answers)
 
     async def _change(
         self, turn: Turn, together: list[Asked], before: list[list[str]]
@@ -369,6 +368,17 @@ def why_no_edits(parallel: Any) -> str:
             "one of them would not reach"
         )
     return ""
+
+
+def _log(what: str, answers: list[dict[str, Any]]) -> None:
+    edits = [edit for answer in answers for edit in answer["edits"]]
+    logger.info(
+        "UltraEdit: %s: %d of %d edits succeeded, of %d requests",
+        what,
+        sum(edit["succeeded"] for edit in edits),
+        len(edits),
+        len(answers),
+    )
 
 
 def _answer_all(together: list[Waiting], error: EditError) -> None:

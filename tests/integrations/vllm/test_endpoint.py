@@ -247,6 +247,28 @@ def test_the_journal_is_listed_newest_first_in_pages(server: Any) -> None:
         error_of(server.client.get(f"/v1/edits/{version}/delta"), 404)
 
 
+def test_a_version_tells_what_the_engine_said_before_and_after(server: Any) -> None:
+    report = server.edit({**CAPITAL, "locality": list(OTHERS)}, QUESTION)
+    entry = server.client.get("/v1/edits/1").json()
+    names = ("before", "after", "succeeded", "reason")
+    told = [{name: edit[name] for name in names} for edit in report["edits"]]
+    assert entry["answers"] == {"edits": told, "specificity": report["specificity"]}
+    assert (told[0]["before"], told[0]["after"]) == (" Canberra", " Sydney")
+    assert server.client.get("/v1/edits").json()["data"] == [entry]
+
+    delta = server.client.get("/v1/edits/1/delta").content
+    server.rollback(0)
+    server.client.post("/v1/edits/apply", content=delta)
+    applied = server.client.get("/v1/edits/1").json()
+    assert applied["digest"] == entry["digest"]
+    assert (applied["kind"], applied["edits"], applied["answers"]) == ("delta", [], None)
+    server.rollback(0)
+    server.edit(CAPITAL, dry_run=True)  # is no version
+    server.edit(QUESTION)  # another version 1
+    (entry,) = server.client.get("/v1/edits").json()["data"]
+    assert [edit["after"].strip() for edit in entry["answers"]["edits"]] == ["Osaka"]
+
+
 def test_rollback_to_a_version_between(server: Any) -> None:
     server.edit(CAPITAL)
     first = server.rollback(1)["digest"]

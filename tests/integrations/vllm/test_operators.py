@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integrations.vllm.test_endpoint import CAPITAL, error_of
+from tests.integrations.vllm.test_endpoint import CAPITAL, QUESTION, error_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -348,6 +348,7 @@ def test_health_shows_every_rank(server: Any) -> None:
         "status": "ok",
         "version": 1,
         "turn": False,
+        "queue": [],
         "traffic_keys": 0,
         "ranks": [{"engine": 0, "rank": 0, "version": 1, "digest": None}],
     }
@@ -356,6 +357,20 @@ def test_health_shows_every_rank(server: Any) -> None:
     assert whole["status"] == "ok"
     assert rank["digest"] == server.client.get("/v1/edits/1").json()["digest"]
     assert "digest" in error_of(server.client.get("/v1/edits/health?digest=x"), 400)["message"]
+
+
+def test_health_lists_what_is_under_way_and_what_waits(server: Any) -> None:
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(server.edit, CAPITAL, QUESTION, dry_run=True) for _ in range(3)]
+        seen = []
+        while not all(run.done() for run in runs):
+            seen.append(server.client.get("/v1/edits/health").json())
+    full = max(seen, key=lambda health: len(health["queue"]))
+    assert full["turn"] and len(full["queue"]) > 1
+    for change in full["queue"]:
+        assert change.pop("seconds") > 0
+        assert change == {"kind": "edit", "edits": 2, "dry_run": True}
+    assert server.client.get("/v1/edits/health").json()["queue"] == []
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,36 @@ def test_too_many_are_refused() -> None:
     asyncio.run(fill())
 
 
+def test_what_is_under_way_comes_first_and_what_waits_after_it() -> None:
+    from ultraedit_kernels.integrations.vllm.protocol import Change
+    from ultraedit_kernels.integrations.vllm.queue import Queue, Waiting
+
+    async def look() -> list[Change]:
+        queue = Queue(most=9)
+        changes = [waiting("a", "b"), waiting("c", dry_run=True), Waiting(kind="rollback")]
+
+        async def enter(change: Waiting) -> None:
+            async with queue.turn_of(change):
+                await asyncio.sleep(60)
+
+        tasks = [asyncio.create_task(enter(change)) for change in changes]
+        await asyncio.sleep(0.05)
+        found = [Change(**change) for change in queue.changes()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert queue.changes() == []
+        return found
+
+    found = asyncio.run(look())
+    assert [(one.kind, one.edits, one.dry_run) for one in found] == [
+        ("edit", 2, False),
+        ("edit", 1, True),
+        ("rollback", 0, False),
+    ]
+    assert all(0.04 < one.seconds < 30 for one in found)
+
+
 def test_a_key_runs_once_at_a_time() -> None:
     from ultraedit_kernels.integrations.vllm.protocol import EditError
     from ultraedit_kernels.integrations.vllm.queue import Tasks
