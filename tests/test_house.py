@@ -23,6 +23,7 @@ TOO_LONG: set[str] = set()
 
 ROOMS = (
     "cli",
+    "fleet",
     "integrations",
     "evaluation",
     "editor",
@@ -56,6 +57,7 @@ FOREIGN = {
 
 ELSEWHERE = {
     "ultraedit_kernels/_version.py": "tests/test_package.py",
+    "integrations/vllm/deltas.py": "tests/integrations/vllm/test_endpoint.py",
     "integrations/vllm/commit.py": "tests/integrations/vllm/test_service.py",
     "integrations/vllm/engine_hooks.py": "tests/integrations/vllm/test_worker.py",
     "integrations/vllm/engine_side.py": "tests/integrations/vllm/test_worker.py",
@@ -65,8 +67,10 @@ ELSEWHERE = {
     "integrations/vllm/tokenizer.py": "tests/integrations/vllm/test_service.py",
     "ultraedit_kernels/cli/__main__.py": "tests/cli/test_main.py",
     "ultraedit_kernels/cli/app.py": "tests/cli/test_main.py",
+    "ultraedit_kernels/cli/fleet.py": "tests/fleet/test_commands.py",
     "ultraedit_kernels/cli/job.py": "tests/cli/test_edit.py",
     "ultraedit_kernels/cli/show.py": "tests/cli/test_eval.py",
+    "ultraedit_kernels/fleet/calls.py": "tests/fleet/test_client.py",
     "ultraedit_kernels/method/change.py": "tests/method/test_turn.py",
     "ultraedit_kernels/method/phase.py": "tests/method/test_turn.py",
     "ultraedit_kernels/ops/aot.py": "tests/ops/aot/test_specialisation.py",

@@ -11,6 +11,9 @@ from ultraedit_kernels._version import __version__
 
 if TYPE_CHECKING:
     from ultraedit_kernels.editor import Editor
+    from ultraedit_kernels.fleet.client import AsyncClient as AsyncClient
+    from ultraedit_kernels.fleet.client import Client as Client
+    from ultraedit_kernels.fleet.client import ServerError as ServerError
     from ultraedit_kernels.model.request import EditRequest
     from ultraedit_kernels.ops.operations import (
         edit_values,
@@ -22,9 +25,12 @@ if TYPE_CHECKING:
     from ultraedit_kernels.store.delta import EditDelta
 
 _HOME = {
+    "AsyncClient": "fleet.client",
+    "Client": "fleet.client",
     "EditDelta": "store.delta",
     "EditRequest": "model.request",
     "Editor": "editor",
+    "ServerError": "fleet.client",
     "Statistics": "ops.statistics",
     "edit_values": "ops.operations",
     "rank_k_update_": "ops.operations",
@@ -32,6 +38,7 @@ _HOME = {
     "update_statistics": "ops.operations",
 }
 
+# Without the clients: httpx, which they need, may be missing where edits are made.
 __all__ = [
     "EditDelta",
     "EditRequest",
@@ -52,4 +59,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_HOME})

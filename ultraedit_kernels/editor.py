@@ -193,15 +193,8 @@ class Editor:
                 self.version + 1,
             )
             done = yield from clock.timed(work)
-            outcomes, measured, rejected = outcomes_of(requests, done), {}, None
-            left = TurnMemory.of(done, named)
-            try:
-                guards.check_finite(**left.numbers())
-                measured = yield from self._measure(start)
-            except GuardError as error:
-                if commit:
-                    raise
-                rejected = error.reason
+            outcomes, left = outcomes_of(requests, done), TurnMemory.of(done, named)
+            measured, rejected = yield from self._measure(start, commit, left.numbers())
             if commit:
                 yield Phase.RECORD
             clock.commits()
@@ -229,11 +222,15 @@ class Editor:
         self.versions.rollback(version)
 
     def delta(self, version: int) -> EditDelta:
-        """The change that made `version` out of the version before it."""
+        """The change that made `version` out of the version before it. Its settings name, as
+        "edits", what was taught."""
         return self.versions.delta(version)
 
-    def apply_delta(self, delta: EditDelta, note: dict[str, Any] | None = None) -> TurnResult:
-        """Apply a change that was computed elsewhere, as one turn. The statistics stay.
+    def apply_delta(
+        self, delta: EditDelta, note: dict[str, Any] | None = None, commit: bool = True
+    ) -> TurnResult:
+        """Apply a change that was computed elsewhere, as one turn. The statistics stay. With
+        `commit=False` nothing stays changed.
 
         Raises:
             ValueError: a delta of another model or of other modules; as GuardError, one that is
@@ -241,10 +238,10 @@ class Editor:
             OSError: the version could not be written.
                 In all cases nothing is changed.
         """
-        return _finish(self.delta_steps(delta, note))
+        return _finish(self.delta_steps(delta, note, commit))
 
     def delta_steps(
-        self, delta: EditDelta, note: dict[str, Any] | None = None
+        self, delta: EditDelta, note: dict[str, Any] | None = None, commit: bool = True
     ) -> Generator[Phase, None, TurnResult]:
         """As `apply_delta`, as a generator like `steps`."""
         clock = Clock()
@@ -252,20 +249,23 @@ class Editor:
         guards.check_delta(delta, self.weights)
         self.prepare()
         start = {name: weight.clone() for name, weight in self.weights.items()}
+        committed = False
         try:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
                 yield Phase.SOLVE
-            measured = yield from self._measure(start)
-            yield Phase.RECORD
-            left = self.memory.unchanged()
-            self.versions.commit("delta", delta, left, (), measured, note)
-        except BaseException:
-            self.versions.write(start)
-            raise
+            measured, rejected = yield from self._measure(start, commit, {})
+            if commit:
+                yield Phase.RECORD
+                left = self.memory.unchanged()
+                self.versions.commit("delta", delta, left, (), measured, note)
+                committed = True
+        finally:
+            if not committed:
+                self.versions.write(start)
         timings = clock.milliseconds()
         watched = {"checked": 0, "broken": 0, "repaired": 0}
-        return TurnResult(self.version, (), timings, watched, measured, delta)
+        return TurnResult(self.version, (), timings, watched, measured, delta, rejected)
 
     def history(self) -> list[dict[str, Any]]:
         """One JSON-able record per version, oldest first."""
@@ -326,11 +326,14 @@ class Editor:
         if not self.memory.recalled:
             self.versions.recall()
 
-    def _measure(self, start: Mapping[str, Tensor]) -> Generator[Phase, None, dict[str, float]]:
-        """What the guards measure of the turn that led here; raises GuardError."""
+    def _measure(
+        self, start: Mapping[str, Tensor], commit: bool, numbers: Mapping[str, Tensor]
+    ) -> Generator[Phase, None, tuple[dict[str, float], str | None]]:
+        """See `guards.or_why_not`, of the turn that led here and leaves numbers behind."""
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0
-        return self.guards.measure(start, texts, lost, self.settings.batch_size)
+        work = self.guards.measure(start, texts, lost, self.settings.batch_size)
+        return guards.or_why_not(work, commit, numbers)
 
 
 def apply_what_passes(

@@ -22,6 +22,7 @@ from ultraedit_kernels.integrations.vllm.workers import (
     ProbeData,
     ReadBack,
     Result,
+    Status,
     Workers,
 )
 from ultraedit_kernels.model.request import EditRequest
@@ -122,12 +123,18 @@ class Turn:
             await self._follow(result["delta"], result["digest"])
         return result
 
-    async def apply_delta(self, data: bytes) -> Result:
-        """Prepare a delta file on all shadows."""
+    async def status(self) -> Status:
+        """What is served, and what the journal has."""
+        return (await self._engines.leader.status())[0]
+
+    async def apply_delta(
+        self, data: bytes, note: dict[str, Any] | None = None, dry_run: bool = False
+    ) -> Result:
+        """Prepare a delta file on all shadows; for a dry run, on the first one alone."""
         leader = self._engines.leader
-        await self._slice(leader.apply_delta(self.id, data, refusal=400))
+        await self._slice(leader.apply_delta(self.id, data, note, dry_run, refusal=400))
         result: Result = await self._work(leader, refusal=400)
-        if self._engines.followers:
+        if self._engines.followers and not dry_run:
             await self._follow(data, result["digest"])
         return result
 

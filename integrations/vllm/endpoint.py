@@ -34,6 +34,7 @@ from ultraedit_kernels.integrations.vllm.protocol import (
     ERRORS,
     EXPECTED,
     MAX_VERSION,
+    ApplyQuery,
     EditError,
     EditsAnswer,
     EditsBody,
@@ -280,7 +281,7 @@ async def index(
         }
     },
 )
-async def apply(request: Request) -> dict[str, Any]:
+async def apply(request: Request, asked: Annotated[ApplyQuery, Query()]) -> dict[str, Any]:
     """Apply a delta file; the body is the file."""
     service = _service(request)
     data = await request.body()
@@ -291,15 +292,17 @@ async def apply(request: Request) -> dict[str, Any]:
             f"the body is {'a form' if form else 'empty'}, expected a delta file and nothing else; "
             "send it as curl does with --data-binary @FILE",
         )
-    asked = {"delta_sha256": hashlib.sha256(data).hexdigest()}
-    return await _change(request, "apply", asked, service.apply(data))
+    noted: dict[str, Any] = {"delta_sha256": hashlib.sha256(data).hexdigest()}
+    noted |= {"dry_run": True} if asked.dry_run else {}
+    return await _change(request, "apply", noted, service.apply(data, asked))
 
 
 @router.post("/rollback", response_model=VersionAnswer)
 async def rollback(body: RollbackBody, request: Request) -> dict[str, Any]:
     """Go back to an earlier version; 0 is the untouched model."""
     service = _service(request)
-    return await _change(request, "rollback", {"to": body.version}, service.rollback(body.version))
+    work = service.rollback(body.version, body.serving)
+    return await _change(request, "rollback", {"to": body.version}, work)
 
 
 @router.get("/health", response_model=Health, responses={503: {"model": Health}})

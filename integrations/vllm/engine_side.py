@@ -54,7 +54,7 @@ from ultraedit_kernels.model.generation import Penalties
 from ultraedit_kernels.model.parallel import together
 from ultraedit_kernels.model.request import EditRequest
 from ultraedit_kernels.ops.statistics import Statistics
-from ultraedit_kernels.store.delta import EditDelta, digest_all
+from ultraedit_kernels.store.delta import digest_all
 
 logger = logging.getLogger("vllm.ultraedit")
 
@@ -109,13 +109,14 @@ class EngineSide:
         worker: vLLM's.
 
     Attributes:
-        live: version of the weights that vLLM serves; the editor is ahead of it until the commit.
+        live, recorded: version and digest that vLLM serves; the editor is elsewhere in a turn.
         foreign: whether vLLM has loaded weights that are not the live version's.
         follows: whether another engine computes, and keeps the journal.
     """
 
     twin: Twin
     live: int
+    recorded: str
     follows: bool
 
     def __init__(self, worker: Any) -> None:
@@ -211,11 +212,13 @@ class EngineSide:
         return self._work(turn, run())
 
     @rpc
-    def apply_delta(self, turn: str, data: bytes) -> Answer:
-        """Apply a delta file to the shadow."""
+    def apply_delta(
+        self, turn: str, data: bytes, note: dict[str, Any] | None, dry_run: bool
+    ) -> Answer:
+        """Apply a delta file to the shadow; after a dry run nothing is left to commit."""
         self._ours(turn)
-        delta = EditDelta.from_bytes(data)
-        return self._work(turn, work.apply_delta(self.editor, delta))
+        run = work.apply_delta(self.editor, self.twin, data, note, dry_run)
+        return self._work(turn, run)
 
     @rpc
     def rollback(self, turn: str, version: int) -> Answer:
@@ -231,11 +234,7 @@ class EngineSide:
         ours = self._ours(turn)
 
         def replay() -> None:
-            try:
-                ours.replayed = version, editor.versions.replay(version)
-            except BaseException:
-                work.restore_shadow(editor, self.twin)
-                raise
+            ours.replayed = version, work.replay(editor, self.twin, version)
 
         return self._work(turn, work.private(replay))
 
@@ -318,10 +317,10 @@ class EngineSide:
     @rpc
     def status(self, digest: bool) -> Status:
         """What is served; the digest is that of the weights which are live."""
-        newest = self.editor.version
         return {
             "version": self.live,
-            "newest": newest,
+            "newest": self.editor.version,
+            "recorded": self.recorded,
             "digest": digest_all(self.twin.live) if digest else None,
             "turn": self.turn is not None,
             "traffic_keys": len(self.traffic or ()),
@@ -355,6 +354,7 @@ class EngineSide:
             self.editor.versions.forget(*self.turn.replayed)
             self.turn.replayed = None
         self.live = self.editor.version
+        self.recorded = self.editor.versions.recorded(self.live)
 
     def _revert(self, turn: Turn) -> None:
         with self.together():

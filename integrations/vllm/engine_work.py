@@ -13,6 +13,7 @@ from ultraedit_kernels.integrations.vllm.twin import Twin
 from ultraedit_kernels.integrations.vllm.workers import ProbeData, Result
 from ultraedit_kernels.model.generation import Penalties, generate
 from ultraedit_kernels.model.request import EditRequest
+from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.store.delta import EditDelta
 
 PROBE_BATCH = 8
@@ -48,10 +49,41 @@ def try_edit(
     return _result(done) | {"answers": answers}
 
 
-def apply_delta(editor: Editor, delta: EditDelta) -> Generator[str, None, Result]:
-    """A delta file on the shadow, as a new version of the journal."""
-    done = yield from editor.delta_steps(delta)
+def apply_delta(
+    editor: Editor, twin: Twin, data: bytes, note: dict[str, Any] | None, dry_run: bool
+) -> Generator[str, None, Result]:
+    """A delta file, which is read at once, on the shadow: as a new version of the journal, or to
+    see what it would be."""
+    delta = EditDelta.from_bytes(data)
+    return _try_delta(editor, twin, delta) if dry_run else _apply_delta(editor, delta, note)
+
+
+def _apply_delta(
+    editor: Editor, delta: EditDelta, note: dict[str, Any] | None
+) -> Generator[str, None, Result]:
+    done = yield from editor.delta_steps(delta, note)
     return _result(done) | {"digest": editor.history()[-1]["digest"]}
+
+
+def _try_delta(editor: Editor, twin: Twin, delta: EditDelta) -> Generator[str, None, Result]:
+    done = yield from editor.delta_steps(delta, commit=False)
+    try:
+        for name, factor in delta.factors.items():
+            factor.apply(editor.weights[name])
+        yield PRIVATE
+        digest = editor.digest()
+    finally:
+        restore_shadow(editor, twin)
+    return _result(done) | {"digest": digest}
+
+
+def replay(editor: Editor, twin: Twin, version: int) -> dict[str, Statistics]:
+    """The shadow as a version has it, without a change of the journal; the version's statistics."""
+    try:
+        return editor.versions.replay(version)
+    except BaseException:
+        restore_shadow(editor, twin)
+        raise
 
 
 def private(work: Callable[[], T]) -> Generator[str, None, T]:

@@ -54,9 +54,11 @@ class UltraEditExtension:
         """Begin to edit, on the shadow."""
         return engine_side(self).edit(turn, edits, probes, note, followed)
 
-    def ultraedit_apply_delta(self, turn: str, data: bytes) -> workers.Answer:
+    def ultraedit_apply_delta(
+        self, turn: str, data: bytes, note: dict[str, Any] | None = None, dry_run: bool = False
+    ) -> workers.Answer:
         """Begin to apply a delta file to the shadow."""
-        return engine_side(self).apply_delta(turn, data)
+        return engine_side(self).apply_delta(turn, data, note, dry_run)
 
     def ultraedit_rollback(self, turn: str, version: int) -> workers.Answer:
         """Begin to take the shadow back to a version."""

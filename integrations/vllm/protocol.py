@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastapi.responses import JSONResponse
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -17,7 +16,13 @@ from pydantic import (
     model_validator,
 )
 
+from ultraedit_kernels._version import __version__
+
+if TYPE_CHECKING:
+    from fastapi.responses import JSONResponse
+
 MAX_VERSION = 2**31 - 1
+DIGEST = "[0-9a-f]{64}"
 
 ERRORS = {
     400: ("BadRequestError", "invalid"),
@@ -56,6 +61,7 @@ EXPECTED = {
     "limit": "a whole number from 1 to 100",
     "digest": "true or false",
     "space": "true, false, or null for what the model would write",
+    "serving": "the digest of a version, 64 hexadecimal digits",
     "before": "a whole number above 0: list versions below it",
 }
 
@@ -147,6 +153,22 @@ class RollbackBody(Body):
     """The version to go back to; 0 is the model as it was loaded."""
 
     version: int = Field(ge=0, le=MAX_VERSION)
+    serving: str | None = Field(default=None, pattern=f"^{DIGEST}$")
+    """Go back only if the version that is served has this digest."""
+
+
+class ApplyQuery(BaseModel):
+    """How a delta file is applied; an unknown parameter is refused, since without a misspelt
+    `dry_run` the delta would be served."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = False
+    """Check it, guards included, on a shadow of the weights, and commit nothing."""
+    idempotency_key: Annotated[Text, Field(min_length=1, max_length=255)] | None = None
+    """The same key with the same file is applied once."""
+    serving: str | None = Field(default=None, pattern=f"^{DIGEST}$")
+    """Apply it only if the version that is served has this digest."""
 
 
 class ErrorInfo(BaseModel):
@@ -243,8 +265,15 @@ class VersionAnswer(BaseModel):
 
     version: int
     digest: str
-    """SHA-256 of the edited weights, read back from where they are served."""
+    """SHA-256 of the edited weights, read back from where they are served; of a dry run, that they
+    would have."""
     timings: CommitTimings
+    before: str | None = None
+    """Of a delta: digest of the version that it comes after."""
+    rejected: str | None = None
+    """Of a dry run: why a guard would reject the delta."""
+    again: bool = False
+    """Whether the delta was applied before, with its idempotency key, as this version."""
 
 
 class Rank(BaseModel):
@@ -273,6 +302,9 @@ class Health(BaseModel):
 
     status: Literal["ok", "diverged"]
     version: int
+    digest: str | None = None
+    """That the journal has for the version."""
+    library_version: str = __version__
     turn: bool
     """Whether a change is under way."""
     queue: list[Change]
@@ -295,6 +327,7 @@ class Health(BaseModel):
         return cls(
             status="ok" if same else "diverged",
             version=ranks[0]["version"],
+            digest=ranks[0].get("recorded"),
             turn=ranks[0]["turn"],
             queue=[Change(**change) for change in queue],
             traffic_keys=ranks[0]["traffic_keys"],
@@ -312,6 +345,8 @@ class Page(BaseModel):
 
 def error_response(status: int, message: str, param: str | None = None) -> JSONResponse:
     """An error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+    from fastapi.responses import JSONResponse  # clients read this module too, without FastAPI
+
     kind, _ = ERRORS.get(status, ("Error", ""))
     error = {"message": message, "type": kind, "param": param, "code": status}
     headers = {"Retry-After": str(RETRY_SECONDS[status])} if status in RETRY_SECONDS else None
@@ -334,6 +369,8 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
         return f"{what} is missing, expected {EXPECTED[name]}; add it", param
     if error["type"] == "missing":
         return f"the body is empty, expected {EXPECTED['body']}", None
+    if error["type"] == "extra_forbidden":
+        return f"unknown parameter {what}; remove it or correct its spelling", param
     if isinstance(error.get("input"), (bytes, bytearray)):
         return f"the body was not sent as JSON, expected {EXPECTED['body']}", None
     if error["type"] == "value_error":

@@ -18,6 +18,7 @@ from vllm.engine.protocol import EngineClient
 from vllm.logger import init_logger
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from ultraedit_kernels.integrations.vllm import deltas
 from ultraedit_kernels.integrations.vllm.answers import (
     Asked,
     Reader,
@@ -29,7 +30,7 @@ from ultraedit_kernels.integrations.vllm.answers import (
     recorded_request,
 )
 from ultraedit_kernels.integrations.vllm.commit import Turn, take_turn
-from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
+from ultraedit_kernels.integrations.vllm.protocol import ApplyQuery, EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.queue import Queue, Tasks, Waiting
 from ultraedit_kernels.integrations.vllm.reports import Reports
 from ultraedit_kernels.integrations.vllm.served import Served, goes_on
@@ -206,31 +207,19 @@ class EditService:
             raise waiting.answer
         return waiting.answer
 
-    async def apply(self, data: bytes) -> dict[str, Any]:
-        """Commit a delta file that was computed elsewhere, as one turn."""
-        waiting = Waiting(kind="apply")
-        async with self._queue.turn_of(waiting), self._turn() as turn:
-            queue_ms = ms_since(waiting.begun)
-            result = await turn.apply_delta(data)
-            commit_ms = await turn.commit(result["version"])
-            return await _version_answer(turn, waiting.begun, queue_ms, commit_ms)
+    async def apply(self, data: bytes, asked: ApplyQuery | None = None) -> dict[str, Any]:
+        """Commit a delta file that was computed elsewhere, as one turn; or what is asked."""
+        asked, waiting = asked or ApplyQuery(), Waiting(kind="apply")
+        keys = [asked.idempotency_key] if asked.idempotency_key is not None else []
+        async with self._queue.turn_of(waiting), self._turn(keys) as turn:
+            return await deltas.apply(turn, data, asked, waiting.begun)
 
-    async def rollback(self, version: int) -> dict[str, Any]:
-        """Serve an earlier version, bit for bit, and forget the later ones."""
+    async def rollback(self, version: int, serving: str | None = None) -> dict[str, Any]:
+        """Serve an earlier version, bit for bit, and forget the later ones; with `serving`, only
+        if that is the digest of what is served."""
         waiting = Waiting(kind="rollback")
         async with self._queue.turn_of(waiting), self._turn() as turn:
-            queue_ms = ms_since(waiting.begun)
-            newest = (await self._engines.leader.status())[0]["version"]
-            if version > newest:
-                raise EditError(
-                    400,
-                    f"version is {version}, expected 0 to {newest}; 0 is the untouched model, "
-                    "GET /v1/edits lists the others",
-                    "version",
-                )
-            await turn.rollback(version)
-            commit_ms = await turn.commit(version)
-            return await _version_answer(turn, waiting.begun, queue_ms, commit_ms)
+            return await deltas.rollback(turn, version, serving, waiting.begun)
 
     async def history(self, limit: int, before: int | None) -> History:
         """Journal entries below version `before`, newest first, each with what the engine said
@@ -340,19 +329,6 @@ class EditService:
         why = self._why_other
         answer = answer_of(version, asked, outcomes, before, after, timings, why)
         return answer | {"again": True}
-
-
-async def _version_answer(
-    turn: Turn, begun: float, queue_ms: float, commit_ms: float
-) -> dict[str, Any]:
-    result = await turn.read_back()
-    timings = {
-        "queue_ms": queue_ms,
-        "commit_ms": commit_ms,
-        "pause_ms": turn.pause_ms,
-        "total_ms": ms_since(begun),
-    }
-    return {**result, "timings": timings}
 
 
 def why_no_edits(parallel: Any) -> str:

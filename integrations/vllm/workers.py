@@ -185,6 +185,8 @@ class Status(Answer):
     version: int
     newest: int
     """The journal's last version."""
+    recorded: str
+    """The digest that the journal has for the live version."""
     digest: str | None
     turn: bool
     """Whether one is under way."""
@@ -269,9 +271,16 @@ class Workers:
         ]
         return await self._ask("edit", turn, edits, probes, note, followed, refusal=400)
 
-    async def apply_delta(self, turn: str, data: bytes, refusal: int = 500) -> Answer:
-        """A delta file is the turn's work."""
-        return await self._ask("apply_delta", turn, data, refusal=refusal)
+    async def apply_delta(
+        self,
+        turn: str,
+        data: bytes,
+        note: dict[str, Any] | None = None,
+        dry_run: bool = False,
+        refusal: int = 500,
+    ) -> Answer:
+        """A delta file is the turn's work. The note goes into the journal."""
+        return await self._ask("apply_delta", turn, data, note, dry_run, refusal=refusal)
 
     async def rollback(self, turn: str, version: int) -> Answer:
         """The way back to a version is the turn's work."""

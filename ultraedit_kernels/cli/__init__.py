@@ -1,4 +1,4 @@
-"""The console script: `ultraedit edit`, `ultraedit eval` and `ultraedit serve`.
+"""The console script, `ultraedit`; `app` lists its commands.
 
 Results go to stdout; progress, notes and errors to stderr. Exit status: 0 when the work was done,
 also if some edits do not hold (the output says so); 1 for an error; 2 for wrong usage.

@@ -7,8 +7,11 @@ from typing import Annotated
 import typer
 
 from ultraedit_kernels._version import __version__
+from ultraedit_kernels.cli.check import check
 from ultraedit_kernels.cli.edit import edit
 from ultraedit_kernels.cli.eval import evaluate
+from ultraedit_kernels.cli.export import export, merge
+from ultraedit_kernels.cli.fleet import push, status
 from ultraedit_kernels.cli.options import with_settings
 from ultraedit_kernels.cli.serve import serve
 from ultraedit_kernels.cli.show import OUT
@@ -22,6 +25,11 @@ app = typer.Typer(
 )
 app.command()(with_settings(edit))
 app.command("eval")(with_settings(evaluate))
+app.command()(export)
+app.command()(merge)
+app.command()(check)
+app.command()(push)
+app.command()(status)
 # The model and any options go to the server as they are, `--help` too.
 app.command(
     add_help_option=False,

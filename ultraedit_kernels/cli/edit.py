@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ultraedit_kernels.cli.job import Job, check_folder, load, make, need_transformers
+from ultraedit_kernels.cli.job import (
+    check_folder,
+    check_new,
+    load,
+    make,
+    need_transformers,
+    save_checkpoint,
+)
 from ultraedit_kernels.cli.options import (
     Device,
     Dtype,
@@ -54,8 +61,7 @@ def edit(
     """
     need_transformers()
     settings = editor_settings(given, published)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory; name a new one with -o")
+    check_new(out)
     if delta is not None:
         check_folder(delta)
         if delta.absolute().parent == out.absolute():
@@ -68,7 +74,7 @@ def edit(
 
     made = make(job, turn_size)
     with ERR.status(f"writing {out}"):
-        _save(job, out)
+        save_checkpoint(job.model, job.tokenizer, job.editor, out)
         if delta is not None:
             _joined_delta(job.editor).save(delta)
 
@@ -76,22 +82,6 @@ def edit(
     OUT.print(f"checkpoint: {out}", soft_wrap=True)
     if delta is not None:
         OUT.print(f"delta:      {delta}", soft_wrap=True)
-
-
-def _save(job: Job, out: Path) -> None:
-    from transformers import GenerationConfig
-
-    from ultraedit_kernels.method.memory import STREAM
-
-    # transformers refuses to write some generation settings that models ship with; they go along
-    # as they are.
-    shipped, job.model.generation_config = job.model.generation_config, GenerationConfig()
-    job.model.save_pretrained(out)
-    job.model.generation_config = shipped
-    shipped.to_json_file(out / "generation_config.json")
-    job.tokenizer.save_pretrained(out)
-    (out / STREAM).parent.mkdir()
-    job.editor.save_stream(out / STREAM)
 
 
 def _joined_delta(editor: Editor) -> Any:

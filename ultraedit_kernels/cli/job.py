@@ -67,6 +67,12 @@ def check_folder(file: Path) -> None:
         raise ValueError(f"{file} is a directory, expected the name of a file")
 
 
+def check_new(out: Path) -> None:
+    """Raise ValueError unless a folder can be made there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty directory; name a new one with -o")
+
+
 def load(
     name: str,
     edits_file: Path,
@@ -77,11 +83,27 @@ def load(
     settings: dict[str, Any],
 ) -> Job:
     """Read the edits, load the model, and continue its stream of edits if it has one."""
+    from ultraedit_kernels.editor import Editor
+    from ultraedit_kernels.method.memory import STREAM
+
+    numbered = read_edits(edits_file, limit, strict)
+    model, tokenizer, place = load_model(name, dtype, device)
+    local = Path(name).expanduser()
+    stream = local / STREAM
+    edited_before = stream.exists()
+    if edited_before:
+        ERR.print(f"continuing the stream of {stream}", soft_wrap=True)
+    editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
+    numbered = check_edits(edits_file, numbered, tokenizer, editor, strict)
+    places, requests = [list(column) for column in zip(*numbered, strict=True)]
+    return Job(name, edits_file, model, tokenizer, requests, places, editor, settings, place)
+
+
+def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any, torch.device]:
+    """A model, its tokenizer, and where they are."""
     import transformers
     from safetensors import SafetensorError
 
-    from ultraedit_kernels.editor import Editor
-    from ultraedit_kernels.method.memory import STREAM
     from ultraedit_kernels.model.gguf import is_gguf, load_gguf
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -89,7 +111,6 @@ def load(
             f"{dtype!r}, expected auto, float32, bfloat16 or float16", param_hint="--dtype"
         )
     place = _device(device)
-    numbered = read_edits(edits_file, limit, strict)
     local = Path(name).expanduser()
     if not (local.is_dir() or is_gguf(local)) and (
         name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -110,14 +131,7 @@ def load(
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {name}: {error}") from error
-    stream = local / STREAM
-    edited_before = stream.exists()
-    if edited_before:
-        ERR.print(f"continuing the stream of {stream}", soft_wrap=True)
-    editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
-    numbered = check_edits(edits_file, numbered, tokenizer, editor, strict)
-    places, requests = [list(column) for column in zip(*numbered, strict=True)]
-    return Job(name, edits_file, model, tokenizer, requests, places, editor, settings, place)
+    return model, tokenizer, place
 
 
 def read_edits(file: Path, limit: int | None, strict: bool) -> list[tuple[str, EditRequest]]:
@@ -234,3 +248,20 @@ def _names_turn(job: Job, number: int, part: list[EditRequest]) -> Iterator[None
             f"turn {number}, {job.places[first]} to {job.places[first + len(part) - 1]} of "
             f"{job.edits_file}: {error}"
         ) from error
+
+
+def save_checkpoint(model: Any, tokenizer: Any, editor: Editor, out: Path) -> None:
+    """Write an edited model to an existing folder, with its stream of edits."""
+    from transformers import GenerationConfig
+
+    from ultraedit_kernels.method.memory import STREAM
+
+    # transformers refuses to write some generation settings that models ship with; they go along
+    # as they are.
+    shipped, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(out)
+    model.generation_config = shipped
+    shipped.to_json_file(out / "generation_config.json")
+    tokenizer.save_pretrained(out)
+    (out / STREAM).parent.mkdir()
+    editor.save_stream(out / STREAM)

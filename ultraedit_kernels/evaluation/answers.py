@@ -23,6 +23,9 @@ from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt, pa
 from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.request import Prompt
 
+LIKELIEST = 20
+"""Tokens whose log-probabilities a server is asked for; vLLM tells no more by default."""
+
 
 class Answer(NamedTuple):
     """What the model says to a prompt."""
@@ -46,6 +49,8 @@ class ServedModel:
     name: str
     """Of the model, as the server knows it."""
     api_key: str | None = None
+    root: str | None = None
+    """Where the server has the model from, if it tells."""
 
     @classmethod
     def connect(cls, url: str, api_key: str | None = None) -> ServedModel:
@@ -55,7 +60,8 @@ class ServedModel:
             ValueError: no server answers there, or it refuses.
         """
         asked = cls(url.rstrip("/").removesuffix("/v1"), "", api_key)
-        return replace(asked, name=asked._request("/v1/models")["data"][0]["id"])
+        first = asked._request("/v1/models")["data"][0]
+        return replace(asked, name=first["id"], root=first.get("root"))
 
     def answers(self, prompts: Seq[Prompt], max_new_tokens: int, parallel: int) -> list[Answer]:
         """As `generate_answers`, with so many requests under way at a time."""
@@ -75,6 +81,30 @@ class ServedModel:
 
         with ThreadPoolExecutor(parallel) as pool:
             return list(pool.map(ask, prompts))
+
+    def next_token(self, prompt: Prompt) -> dict[str, float]:
+        """Log-probabilities of the `LIKELIEST` tokens that may come next, by their text.
+
+        Raises:
+            ValueError: the server does not answer, or tells none.
+        """
+        body: dict[str, Any] = {"model": self.name, "temperature": 0, "max_tokens": 1}
+        if isinstance(prompt, str):
+            body |= {"prompt": prompt, "logprobs": LIKELIEST}
+            (choice,) = self._request("/v1/completions", body)["choices"]
+            told = (choice.get("logprobs") or {}).get("top_logprobs") or [{}]
+            found: dict[str, float] = told[0]
+        else:
+            body |= {"messages": prompt, "logprobs": True, "top_logprobs": LIKELIEST}
+            (choice,) = self._request("/v1/chat/completions", body)["choices"]
+            told = (choice.get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
+            found = {one["token"]: one["logprob"] for one in told[0]["top_logprobs"]}
+        if not found:
+            raise ValueError(
+                f"{self.url} told no log-probabilities; start it without --max-logprobs, or leave "
+                "out the limit of the KL"
+            )
+        return found
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -117,6 +117,25 @@ def check_finite(**tensors: Tensor) -> None:
         raise GuardError("finite", float("nan"), float("inf"), str(error)) from error
 
 
+def or_why_not(
+    measure: Generator[Phase, None, dict[str, float]], commit: bool, numbers: Mapping[str, Tensor]
+) -> Generator[Phase, None, tuple[dict[str, float], str | None]]:
+    """What guards measure of a turn, and why it must not be served, if so.
+
+    Args:
+        measure: see `Guards.measure`.
+        commit: whether it is to be served; GuardError is raised then.
+        numbers: what it leaves to be remembered.
+    """
+    try:
+        check_finite(**numbers)
+        return (yield from measure), None
+    except GuardError as error:
+        if commit:
+            raise
+        return {}, error.reason
+
+
 def check_change(name: str, weight: Tensor, start: Tensor, limit: float) -> float:
     """How far a weight [d_out, d_in] has moved in the turn; GuardError beyond the limit."""
     change = relative_change(weight, start)

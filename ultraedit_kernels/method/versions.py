@@ -16,7 +16,7 @@ from ultraedit_kernels.method.memory import Memory, TurnMemory, decode_statistic
 from ultraedit_kernels.method.results import EditOutcome
 from ultraedit_kernels.model.parallel import ranks_of, together, whole
 from ultraedit_kernels.ops.statistics import Statistics
-from ultraedit_kernels.store.delta import EditDelta, LowRank, digest, digest_all
+from ultraedit_kernels.store.delta import EditDelta, LowRank, digest, digest_all, digest_of
 from ultraedit_kernels.store.journal import Entry, Journal
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,16 @@ class Versions:
         return self._journal.records
 
     def delta(self, version: int) -> EditDelta:
-        """The change that made a version out of the one before it."""
-        return self._journal.entry(version).delta
+        """The change that made a version out of the one before it, with what it taught."""
+        entry = self._journal.entry(version)
+        return entry.delta.teaching(entry.record["edits"])
+
+    def recorded(self, version: int) -> str:
+        """The digest of a version, as the journal has it."""
+        if version:
+            found: str = self.records[version - 1]["digest"]
+            return found
+        return digest_of(self.base)
 
     def digest(self) -> str:
         """SHA-256 over the edited weights as they are now, hexadecimal."""

@@ -133,7 +133,25 @@ class EditDelta:
             )
             for name in first.factors
         }
-        return cls(factors, first.base, first.settings)
+        edits = [edit for delta in deltas for edit in delta.settings.get("edits", ())]
+        return cls(factors, first.base, first.settings).teaching(edits)
+
+    def teaching(self, edits: Seq[Mapping[str, Any]]) -> EditDelta:
+        """The same, with the edits that it makes in its settings, as "edits": of each "prompt" and
+        "target". Without edits, what it says already."""
+        if not edits:
+            return self
+        taught = [{"prompt": edit["prompt"], "target": edit["target"]} for edit in edits]
+        return replace(self, settings=self.settings | {"edits": taught})
+
+    def digest(self) -> str:
+        """SHA-256 of what it changes, and of which model, hexadecimal: the same however the file
+        was written."""
+        state = hashlib.sha256(json.dumps(self.base, sort_keys=True).encode())
+        for name, factor in sorted(self.factors.items()):
+            how = f"{name} {factor.rounding} {factor.seed}"
+            state.update(f"{how} {digest(factor.coeff)} {digest(factor.keys)}".encode())
+        return state.hexdigest()
 
     def check_base(self, base: Mapping[str, str]) -> None:
         """Raise ValueError unless it may be applied to a model.
@@ -258,7 +276,10 @@ def digest(weight: Tensor | DividedWeight) -> str:
 
 def digest_all(weights: Mapping[str, Tensor | DividedWeight]) -> str:
     """SHA-256 of named weights, whatever their order, hexadecimal."""
-    state = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
-        state.update(f"{name} {digest(weight)}".encode())
-    return state.hexdigest()
+    return digest_of({name: digest(weight) for name, weight in sorted(weights.items())})
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """`digest_all` of weights whose own digests are known, by name."""
+    text = "".join(f"{name} {own}" for name, own in sorted(digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()

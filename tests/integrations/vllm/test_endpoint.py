@@ -299,6 +299,71 @@ def test_a_delta_is_downloaded_and_applied(server: Any) -> None:
     assert server.answer("The capital of France is") == "Paris"
 
 
+def test_a_delta_is_tried_and_applied_once_to_the_weights_that_were_meant(server: Any) -> None:
+    start = server.client.get("/v1/edits/health", params={"digest": True}).json()
+    assert start["digest"] == start["ranks"][0]["digest"]
+    server.edit(CAPITAL)
+    edited = server.client.get("/v1/edits/1").json()["digest"]
+    delta = server.client.get("/v1/edits/1/delta").content
+    server.rollback(0)
+
+    def apply(content: bytes = delta, **params: Any) -> httpx.Response:
+        return server.client.post("/v1/edits/apply", params=params, content=content)
+
+    tried = apply(dry_run=True, idempotency_key="d").json()
+    assert (tried["version"], tried["digest"]) == (0, edited)
+    assert (tried["before"], tried["rejected"]) == (start["digest"], None)
+    assert server.client.get("/v1/edits/health", params={"digest": True}).json() == start
+    assert server.client.get("/v1/edits").json()["data"] == []
+    assert server.answer(CAPITAL["prompt"]) == "Canberra"
+
+    broken = "a" * 64
+    assert error_of(apply(serving=broken), 409)["param"] == "serving"
+    assert "64 hexadecimal digits" in error_of(apply(serving="x"), 400)["message"]
+    assert "unknown parameter dry_rum" in error_of(apply(dry_rum=True), 400)["message"]
+    error_of(apply(delta[:-1], idempotency_key="d"), 400)
+    error_of(apply(delta[:-1], dry_run=True), 400)
+
+    first = apply(idempotency_key="d", serving=start["digest"]).json()
+    again = apply(idempotency_key="d", serving=start["digest"]).json()
+    for answer, repeated in ((first, False), (again, True)):
+        assert (answer["version"], answer["digest"]) == (1, edited)
+        assert answer["again"] is repeated
+    record = server.client.get("/v1/edits/1").json()
+    assert record["kind"] == "delta"
+    # The server that only got it can say what it teaches, too.
+    assert json.loads(metadata_of(server.client.get("/v1/edits/1/delta").content)["settings"])[
+        "edits"
+    ] == [{"prompt": CAPITAL["prompt"], "target": CAPITAL["target"]}]
+
+    back = server.client.post("/v1/edits/rollback", json={"version": 0, "serving": start["digest"]})
+    assert error_of(back, 409)["param"] == "serving"
+    back = server.client.post("/v1/edits/rollback", json={"version": 0, "serving": edited})
+    assert back.json()["digest"] == start["digest"]
+
+
+def metadata_of(content: bytes) -> dict[str, str]:
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size])["__metadata__"]
+
+
+def test_a_guard_that_would_stop_a_delta_is_told_by_a_dry_run(server: Any) -> None:
+    server.edit(CAPITAL)
+    content = server.client.get("/v1/edits/1/delta").content
+    server.rollback(0)
+    tensors = safetensors.torch.load(content)
+    far = {name: t * 100 if name.endswith("coeff") else t for name, t in tensors.items()}
+    wild = safetensors.torch.save(far, metadata=metadata_of(content))
+    before = server.client.get("/v1/edits/health", params={"digest": True}).json()
+    tried = server.client.post("/v1/edits/apply", params={"dry_run": True}, content=wild).json()
+    assert "max_change" in tried["rejected"]
+    assert (
+        "max_change"
+        in error_of(server.client.post("/v1/edits/apply", content=wild), 422)["message"]
+    )
+    assert server.client.get("/v1/edits/health", params={"digest": True}).json() == before
+
+
 def test_an_idempotency_key_edits_once(server: Any) -> None:
     first = server.edit(CAPITAL, idempotency_key="edit-1")
     again = server.edit(CAPITAL, idempotency_key="edit-1")

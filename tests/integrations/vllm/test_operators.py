@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from tests.integrations.vllm.test_endpoint import CAPITAL, QUESTION, error_of
+from ultraedit_kernels import __version__
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -347,6 +348,8 @@ def test_health_shows_every_rank(server: Any) -> None:
     assert quick == {
         "status": "ok",
         "version": 1,
+        "digest": server.client.get("/v1/edits/1").json()["digest"],
+        "library_version": __version__,
         "turn": False,
         "queue": [],
         "traffic_keys": 0,
