@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
-import torch
-
 from ultraedit_kernels.editor import Editor, TurnResult
 from ultraedit_kernels.integrations.vllm.slices import PRIVATE
-from ultraedit_kernels.integrations.vllm.twin import Twin
 from ultraedit_kernels.integrations.vllm.workers import ProbeData, Result
 from ultraedit_kernels.model.generation import Penalties, generate
 from ultraedit_kernels.model.request import EditRequest
@@ -32,19 +29,19 @@ def edit(
 
 def try_edit(
     editor: Editor,
-    twin: Twin,
     requests: Sequence[EditRequest],
     probes: list[ProbeData],
     penalties: Penalties,
 ) -> Generator[str, None, Result]:
     """Edits on the shadow, what it then answers, and the shadow as it was."""
     done = yield from editor.steps(requests, commit=False)
+    before = {name: weight.clone() for name, weight in editor.weights.items()}
     try:
         for name, factor in done.delta.factors.items():
             factor.apply(editor.weights[name])
         answers = yield from _answers(editor, probes, penalties)
     finally:
-        restore_shadow(editor, twin)
+        editor.versions.write(before)
     return _result(done) | {"answers": answers}
 
 
@@ -58,13 +55,6 @@ def private(work: Callable[[], T]) -> Generator[str, None, T]:
     """Work on the shadow alone, which goes on beside the engine."""
     yield PRIVATE
     return work()
-
-
-@torch.no_grad()
-def restore_shadow(editor: Editor, twin: Twin) -> None:
-    """Make the shadow what is served."""
-    for name, live in twin.live.items():
-        editor.weights[name].copy_(live)
 
 
 def _answers(
