@@ -354,6 +354,31 @@ def test_a_delta_gives_the_same_weights_elsewhere(editor, tokenizer, tmp_path):
     assert other.version == half.version == elsewhere.version == 0
 
 
+@pytest.mark.parametrize(("made", "here"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_delta_of_another_dtype_is_refused_with_the_option_that_helps(
+    tokenizer, tmp_path, made, here
+):
+    editors = {
+        name: Editor(
+            AutoModelForCausalLM.from_pretrained(BUNDLED, dtype=name), tokenizer, anchors=0
+        )
+        for name in (made, here)
+    }
+    before = editors[here].digest()
+    delta = editors[made].apply([SYDNEY]).delta
+    delta.save(tmp_path / "turn.safetensors")
+    unnamed = replace(delta, settings={})  # as earlier versions wrote them
+    for sent in (EditDelta.load(tmp_path / "turn.safetensors"), unnamed):
+        with pytest.raises(
+            ValueError,
+            match=f"another checkpoint or dtype: it was made in {made} and this model is in "
+            f"{here}; make it with `ultraedit edit --dtype {here}`, or load and serve the model "
+            f"with --dtype {made}$",
+        ):
+            editors[here].apply_delta(sent)
+    assert (editors[here].version, editors[here].digest()) == (0, before)
+
+
 def test_a_saved_stream_goes_on(model, tokenizer, tmp_path):
     file = tmp_path / "stream.safetensors"
     first = Editor(model, tokenizer, anchors=0)

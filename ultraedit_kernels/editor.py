@@ -198,7 +198,8 @@ class Editor:
             if commit:
                 yield Phase.RECORD
             clock.commits()
-            delta = self.versions.change(done.delta, asdict(self.settings))
+            dtype = str(self.versions.dtype).removeprefix("torch.")
+            delta = self.versions.change(done.delta, asdict(self.settings) | {"dtype": dtype})
             if commit:
                 self.versions.commit("edit", delta, left, outcomes, measured, note)
                 committed = True
@@ -245,7 +246,7 @@ class Editor:
     ) -> Generator[Phase, None, TurnResult]:
         """As `apply_delta`, as a generator like `steps`."""
         clock = Clock()
-        delta.check_base(self.versions.base)
+        delta.check_base(self.versions.base, self.versions.dtype)
         guards.check_delta(delta, self.weights)
         self.prepare()
         start = {name: weight.clone() for name, weight in self.weights.items()}

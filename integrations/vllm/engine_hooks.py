@@ -9,15 +9,23 @@ from typing import Any
 
 import torch
 
+from ultraedit_kernels.integrations.vllm.twin.watch import Watch
 from ultraedit_kernels.integrations.vllm.workers import OWN_REQUESTS
 
+LOADS = ("reload_weights", "finish_weight_update", "reset_weights")
+"""Methods of vLLM's worker after which its weights may be others. What writes to them by another
+way is noticed by `twin.watch`, when a turn begins and before it is committed."""
 
-def follow_weights(worker: Any, sleeping: Callable[[], None], loaded: Callable[[], None]) -> None:
-    """Stay with vLLM when it puts weights to sleep, and when it loads the checkpoint's again, as it
-    does after a level-2 sleep.
+
+def follow_weights(
+    worker: Any, watch: Watch, sleeping: Callable[[], None], loaded: Callable[[], None]
+) -> None:
+    """Stay with vLLM when it puts weights to sleep, and when it loads some: the checkpoint's again,
+    as it does after a level-2 sleep, or a trainer's.
 
     Args:
         worker: vLLM's.
+        watch: told whether they can be read.
         sleeping: called before the weights go.
         loaded: called when there are weights again.
     """
@@ -26,6 +34,7 @@ def follow_weights(worker: Any, sleeping: Callable[[], None], loaded: Callable[[
         @functools.wraps(sleep)
         def call(*args: Any, **options: Any) -> Any:
             sleeping()
+            watch.asleep = True
             return sleep(*args, **options)
 
         return call
@@ -34,15 +43,19 @@ def follow_weights(worker: Any, sleeping: Callable[[], None], loaded: Callable[[
         @functools.wraps(load)
         def call(*args: Any, **options: Any) -> Any:
             result = load(*args, **options)
-            with torch.inference_mode(False):
-                loaded()
+            tags = options.get("tags") or ["weights"]  # of a wake-up: what is to wake
+            if "weights" in tags:
+                watch.asleep = False
+                with torch.inference_mode(False):
+                    loaded()
             return result
 
         return call
 
     worker.sleep = before(worker.sleep)
-    worker.wake_up = after(worker.wake_up)
-    worker.reload_weights = after(worker.reload_weights)
+    for name in ("wake_up", *LOADS):
+        if hasattr(worker, name):
+            setattr(worker, name, after(getattr(worker, name)))
 
 
 def follow_steps(worker: Any, stepped: Callable[[list[list[int]]], None]) -> None:

@@ -73,6 +73,8 @@ class Turn:
     """When its owner was last heard of."""
     replayed: tuple[int, dict[str, Statistics]] | None = None
     """The version on the shadow, and its statistics, that an engine which follows returns to."""
+    start: dict[str, Any] | None = None
+    """The shadow before that."""
 
 
 def rpc(method: Rpc) -> Rpc:
@@ -110,7 +112,6 @@ class EngineSide:
 
     Attributes:
         live, recorded: version and digest that vLLM serves; the editor is elsewhere in a turn.
-        foreign: whether vLLM has loaded weights that are not the live version's.
         follows: whether another engine computes, and keeps the journal.
     """
 
@@ -123,7 +124,6 @@ class EngineSide:
         self.worker = worker
         self.turn: Turn | None = None
         self.traffic: Traffic | None = None
-        self.foreign = False
         self._editor: Editor | None = None
         self._difference: float | None = None
         self._penalties = Penalties()
@@ -144,7 +144,7 @@ class EngineSide:
             self.twin, self._editor, self.follows = parts.twin, parts.editor, follows
             self._penalties = penalties_of(self.worker.vllm_config.model_config)
             self._publish()
-            follow_weights(self.worker, self._drop_turn, self._republish)
+            follow_weights(self.worker, self.twin.watch, self._drop_turn, self._republish)
             self.traffic = Traffic(size) if (size := parts.serving.traffic) else None
             self.pace = Pace(parts.serving.stretch)
             follow_steps(self.worker, self._stepped)
@@ -167,17 +167,13 @@ class EngineSide:
     def begin(self, turn: str, keys: list[str]) -> Begun:
         """Take the worker for a turn, and look up idempotency keys in the journal."""
         editor = self.editor
-        if self.foreign:
-            raise RuntimeError(
-                f"the engine's weights are not those of version {self.live}: they were loaded from "
-                "elsewhere, or not yet since a level-2 sleep; reload_weights, or restart the server"
-            )
         if (other := self.turn) is not None and self.follows:
             self.cancel(other.id)  # the first engine knows whose turn it is
         elif other is not None:
             return {"busy": other.id, "idle": time.monotonic() - other.called}
         known = {}
         with self.together():
+            self.twin.watch.check(self.live)
             taken = Turn(turn, self.live)
             for record in editor.history() if keys else ():
                 for request in record.get("note", {}).get("requests", ()):
@@ -205,9 +201,7 @@ class EngineSide:
                 self.editor.hold_still(self.traffic.keys())
             if probes is None:
                 return (yield from work.edit(self.editor, requests, note, followed))
-            return (
-                yield from work.try_edit(self.editor, self.twin, requests, probes, self._penalties)
-            )
+            return (yield from work.try_edit(self.editor, requests, probes, self._penalties))
 
         return self._work(turn, run())
 
@@ -217,7 +211,7 @@ class EngineSide:
     ) -> Answer:
         """Apply a delta file to the shadow; after a dry run nothing is left to commit."""
         self._ours(turn)
-        run = work.apply_delta(self.editor, self.twin, data, note, dry_run)
+        run = work.apply_delta(self.editor, data, note, dry_run)
         return self._work(turn, run)
 
     @rpc
@@ -234,7 +228,8 @@ class EngineSide:
         ours = self._ours(turn)
 
         def replay() -> None:
-            ours.replayed = version, work.replay(editor, self.twin, version)
+            ours.start = {name: weight.clone() for name, weight in editor.weights.items()}
+            ours.replayed = version, work.replay(editor, ours.start, version)
 
         return self._work(turn, work.private(replay))
 
@@ -256,6 +251,7 @@ class EngineSide:
         ours = self._ours(turn)
         try:
             with self.together():
+                self.twin.watch.check(self.live)
                 self._publish()
         except BaseException:
             self._revert(ours)
@@ -288,10 +284,12 @@ class EngineSide:
             with self.together():
                 if ours.work is not None:
                     ours.work.close()
+                if ours.replayed is not None or self.editor.version < self.live:
+                    self.twin.watch.look()  # what the journal holds is published below
                 if ours.replayed is not None and ours.replayed[0] == newest:
                     self._publish()
-                elif ours.replayed is not None:
-                    work.restore_shadow(self.editor, self.twin)
+                elif ours.replayed is not None and ours.start is not None:
+                    self.editor.versions.write(ours.start)
                 self._drop()
             self.turn = None
         return {"version": self.live}
@@ -317,8 +315,11 @@ class EngineSide:
     @rpc
     def status(self, digest: bool) -> Status:
         """What is served; the digest is that of the weights which are live."""
+        if digest:
+            self.twin.watch.look()
         return {
             "version": self.live,
+            "foreign": self.twin.watch.foreign,
             "newest": self.editor.version,
             "recorded": self.recorded,
             "digest": digest_all(self.twin.live) if digest else None,
@@ -349,7 +350,8 @@ class EngineSide:
         return {}
 
     def _publish(self) -> None:
-        self.twin.publish()
+        if not self.twin.watch.foreign:
+            self.twin.publish()
         if self.turn is not None and self.turn.replayed is not None:
             self.editor.versions.forget(*self.turn.replayed)
             self.turn.replayed = None
@@ -377,14 +379,12 @@ class EngineSide:
     def _republish(self) -> None:
         """After a load: serve the live version again. Other weights than the checkpoint's, or none
         yet, are left alone, and no turn begins on them."""
-        live, version = self.twin.live, self.live
-        if self.editor.versions.are_pristine(live):
+        if self.editor.versions.are_pristine(self.twin.live):
             self._drop_turn()
+            self.twin.watch.note()
             self._publish()
-            self.foreign = False
-        else:
-            served = self.editor.history()[version - 1]["digest"] if version else None
-            self.foreign = digest_all(live) != served
+        if self.twin.watch.look():
+            logger.warning("UltraEdit: the engine's weights are no longer version %d's", self.live)
 
     def _stepped(self, prompts: list[list[int]]) -> None:
         """After an engine step: a slice of the turn's work, or keys of the prompts."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
+from torch import Tensor
 
 from ultraedit_kernels.editor import Editor, TurnResult
 from ultraedit_kernels.integrations.vllm.slices import PRIVATE
-from ultraedit_kernels.integrations.vllm.twin import Twin
 from ultraedit_kernels.integrations.vllm.workers import ProbeData, Result
 from ultraedit_kernels.model.generation import Penalties, generate
 from ultraedit_kernels.model.request import EditRequest
@@ -33,29 +32,29 @@ def edit(
 
 def try_edit(
     editor: Editor,
-    twin: Twin,
     requests: Sequence[EditRequest],
     probes: list[ProbeData],
     penalties: Penalties,
 ) -> Generator[str, None, Result]:
     """Edits on the shadow, what it then answers, and the shadow as it was."""
     done = yield from editor.steps(requests, commit=False)
+    before = {name: weight.clone() for name, weight in editor.weights.items()}
     try:
         for name, factor in done.delta.factors.items():
             factor.apply(editor.weights[name])
         answers = yield from _answers(editor, probes, penalties)
     finally:
-        restore_shadow(editor, twin)
+        editor.versions.write(before)
     return _result(done) | {"answers": answers}
 
 
 def apply_delta(
-    editor: Editor, twin: Twin, data: bytes, note: dict[str, Any] | None, dry_run: bool
+    editor: Editor, data: bytes, note: dict[str, Any] | None, dry_run: bool
 ) -> Generator[str, None, Result]:
     """A delta file, which is read at once, on the shadow: as a new version of the journal, or to
     see what it would be."""
     delta = EditDelta.from_bytes(data)
-    return _try_delta(editor, twin, delta) if dry_run else _apply_delta(editor, delta, note)
+    return _try_delta(editor, delta) if dry_run else _apply_delta(editor, delta, note)
 
 
 def _apply_delta(
@@ -65,24 +64,26 @@ def _apply_delta(
     return _result(done) | {"digest": editor.history()[-1]["digest"]}
 
 
-def _try_delta(editor: Editor, twin: Twin, delta: EditDelta) -> Generator[str, None, Result]:
+def _try_delta(editor: Editor, delta: EditDelta) -> Generator[str, None, Result]:
     done = yield from editor.delta_steps(delta, commit=False)
+    before = {name: weight.clone() for name, weight in editor.weights.items()}
     try:
         for name, factor in delta.factors.items():
             factor.apply(editor.weights[name])
         yield PRIVATE
         digest = editor.digest()
     finally:
-        restore_shadow(editor, twin)
+        editor.versions.write(before)
     return _result(done) | {"digest": digest}
 
 
-def replay(editor: Editor, twin: Twin, version: int) -> dict[str, Statistics]:
-    """The shadow as a version has it, without a change of the journal; the version's statistics."""
+def replay(editor: Editor, start: Mapping[str, Tensor], version: int) -> dict[str, Statistics]:
+    """The shadow as a version has it, or else as at the `start`, without a change of the journal;
+    the version's statistics."""
     try:
         return editor.versions.replay(version)
     except BaseException:
-        restore_shadow(editor, twin)
+        editor.versions.write(start)
         raise
 
 
@@ -90,13 +91,6 @@ def private(work: Callable[[], T]) -> Generator[str, None, T]:
     """Work on the shadow alone, which goes on beside the engine."""
     yield PRIVATE
     return work()
-
-
-@torch.no_grad()
-def restore_shadow(editor: Editor, twin: Twin) -> None:
-    """Make the shadow what is served."""
-    for name, live in twin.live.items():
-        editor.weights[name].copy_(live)
 
 
 def _answers(

@@ -324,6 +324,7 @@ class Health(BaseModel):
         is to be compared, and the changes of this server."""
         digests = {rank["digest"] for rank in ranks} | ({recorded} if recorded else set())
         same = len({rank["version"] for rank in ranks}) == 1 and len(digests) == 1
+        same = same and not any(rank.get("foreign") for rank in ranks)
         return cls(
             status="ok" if same else "diverged",
             version=ranks[0]["version"],

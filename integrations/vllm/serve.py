@@ -18,6 +18,8 @@ from ultraedit_kernels.settings import NAMES, SWITCH, TABLE, Setting, check
 
 WORKER_EXTENSION = "ultraedit_kernels.integrations.vllm.extension.UltraEditExtension"
 PLUGIN = "ultraedit"
+MISTRAL_AS_HF = {"tokenizer-mode": "hf", "config-format": "hf", "load-format": "hf"}
+"""Options by which vLLM reads Hugging Face's files of a repository that has Mistral's own too."""
 ENDPOINT_GROUP = "vllm.endpoint_plugins"
 
 
@@ -85,6 +87,7 @@ def server_command(
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     if is_gguf(ours.model) and not any(re.match(r"--served[-_]model[-_]name", a) for a in theirs):
         command += ["--served-model-name", ours.model]
+    command += _hugging_face_format(model, [*theirs, *(f"--{name}" for name in options)])
     command += ["--worker-extension-cls", WORKER_EXTENSION]
     command += ["--additional-config", json.dumps(config)]
     if ours.config is not None:
@@ -249,6 +252,31 @@ def _model(model: str) -> str:
             f"model path {model} does not exist; pass a Hugging Face directory, hub id or GGUF file"
         )
     return model
+
+
+def _hugging_face_format(model: str, theirs: Sequence[str]) -> list[str]:
+    """Options by which vLLM reads Hugging Face's files of a Mistral repository that has Mistral's
+    own as well, which it would prefer; but for those given."""
+    if (folder := Path(model)).is_dir():
+        files = [path.name for path in folder.iterdir()]
+    else:
+        from huggingface_hub import list_repo_files
+
+        try:
+            files = list_repo_files(model)
+        except Exception:  # no network, no such repository: vLLM says what it makes of that
+            return []
+    own = "params.json" in files and any(
+        re.match(r"consolidated.*\.safetensors$", f) for f in files
+    )
+    if not own or "config.json" not in files:
+        return []
+    return [
+        word
+        for name, value in MISTRAL_AS_HF.items()
+        if not any(re.match(rf"--{name.replace('-', '[-_]')}(=|$)", given) for given in theirs)
+        for word in (f"--{name}", value)
+    ]
 
 
 def _plugins(named: str | None) -> str:

@@ -11,6 +11,7 @@ from vllm.renderers.hf import resolve_chat_template
 from vllm.renderers.registry import renderer_from_config
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from ultraedit_kernels.integrations.vllm.twin.refuse import check_format
 from ultraedit_kernels.model.generation import Penalties
 
 
@@ -36,10 +37,15 @@ def load_tokenizer(config: Any, rendering: Rendering) -> Any:
     Args:
         config: vLLM's `VllmConfig`.
         rendering: the server's options.
+
+    Raises:
+        UnsupportedModelError: vLLM reads a format from which no twin can be made.
     """
-    tokenizer: Any = copy.deepcopy(cached_tokenizer_from_config(config.model_config))
-    if tokenizer is None:
+    found: Any = cached_tokenizer_from_config(config.model_config)
+    check_format(config.model_config.hf_config, found)
+    if found is None:
         return None
+    tokenizer: Any = copy.deepcopy(found)
     renderer = renderer_from_config(config)
 
     def apply_chat_template(messages: list[dict[str, str]], **options: Any) -> str:

@@ -191,6 +191,8 @@ class Status(Answer):
     turn: bool
     """Whether one is under way."""
     traffic_keys: int
+    foreign: bool
+    """Whether others than the version's weights were found; with the digest they are looked for."""
 
 
 class ProbeData(TypedDict):

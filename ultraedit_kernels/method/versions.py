@@ -52,6 +52,8 @@ class Versions:
         """Module → the untouched W [d_out, d_in], on the CPU."""
         self.base = {name: digest(weight) for name, weight in weights.items()}
         """Module → digest of the untouched weight."""
+        self.dtype = next(iter(weights.values())).dtype
+        """Of the weights."""
         with self._in_turn():  # the first rank writes, the others read
             ranks = ranks_of(model)
             first = ranks is None or ranks.rank == 0
@@ -143,7 +145,7 @@ class Versions:
             self.write(self.pristine)
         for number in range(first + 1, version + 1):
             entry = self._journal.entry(number)
-            entry.delta.check_base(self.base)
+            entry.delta.check_base(self.base, self.dtype)
             for name, factor in entry.delta.factors.items():
                 factor.apply(self._weights[name])
             statistics = decode_statistics(entry)

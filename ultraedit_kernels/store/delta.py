@@ -153,12 +153,20 @@ class EditDelta:
             state.update(f"{how} {digest(factor.coeff)} {digest(factor.keys)}".encode())
         return state.hexdigest()
 
-    def check_base(self, base: Mapping[str, str]) -> None:
+    @property
+    def dtype(self) -> str:
+        """The dtype of the weights that it was made for, such as "bfloat16"."""
+        keys = next(iter(self.factors.values())).keys.dtype  # says it where the settings do not
+        return str(self.settings.get("dtype", keys)).removeprefix("torch.")
+
+    def check_base(self, base: Mapping[str, str], dtype: torch.dtype) -> None:
         """Raise ValueError unless it may be applied to a model.
 
         Args:
             base: edited module → `digest` of the model's untouched weight.
+            dtype: of these weights.
         """
+        here = str(dtype).removeprefix("torch.")
         checks.tensor_names(self.factors, self.base, "modules of the delta")
         for name, made_for in self.base.items():
             if name not in base:
@@ -170,7 +178,17 @@ class EditDelta:
                 raise ValueError(
                     f"the delta was made for a {name} with digest {made_for[:12]}…, this model's "
                     f"is {base[name][:12]}…; it belongs to another checkpoint or dtype"
+                    + self._remedy(here)
                 )
+
+    def _remedy(self, here: str) -> str:
+        """What to do with a model whose weights are in another dtype; nothing if they are not."""
+        if self.dtype == here:
+            return ""
+        return (
+            f": it was made in {self.dtype} and this model is in {here}; make it with `ultraedit "
+            f"edit --dtype {here}`, or load and serve the model with --dtype {self.dtype}"
+        )
 
     @staticmethod
     def tensor_names(modules: Iterable[str]) -> list[str]:

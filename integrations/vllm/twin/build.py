@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from ultraedit_kernels.integrations.vllm.twin.refuse import (
     check_editable,
     check_weights,
 )
+from ultraedit_kernels.integrations.vllm.twin.watch import Watch
 from ultraedit_kernels.model.parallel import (
     Ranks,
     Shard,
@@ -65,10 +66,17 @@ class Twin:
             modules only, which compute nothing.
         live: edited module name -> view of the weight that vLLM serves from, [d_out, d_in]; of a
             divided module, a `parallel.ShardedWeight`.
+        layers: vLLM's layers that compute from `live`.
+        watch: whether that is still what was published.
     """
 
     model: nn.Module
     live: dict[str, Any]
+    layers: Sequence[nn.Module] = ()
+    watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.live, self.layers)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -79,6 +87,7 @@ class Twin:
         """
         for name, live in self.live.items():
             live.copy_(weight_of(self.model.get_submodule(name)))
+        self.watch.note()
 
     def check(self, token_ids: Sequence[int], served: Sequence[float], mode: str) -> float:
         """Compare with what the engine computes; the mean difference, nats a token.
@@ -155,13 +164,16 @@ def build_twin(
             _divide(model, core)
 
         layers, live = layers_by_storage(core), {}
+        changed: list[nn.Module] = []
         for name in resolve_modules(whole, whole.config, modules):
             module = model.get_submodule(name)
             live[name] = weight_of(module)
             dim = None if (shard := shard_of(module)) is None else shard.dim
-            check_editable(name, part_of(module), dim, whole, layers[storage(module.weight)], size)
+            served = layers[storage(module.weight)]
+            check_editable(name, part_of(module), dim, whole, served, size)
+            changed += served.values()
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-        return Twin(model, live)
+        return Twin(model, live, changed)
 
 
 @torch.no_grad()
@@ -188,7 +200,8 @@ def build_weights(
             raise UnsupportedModelError(refusals[0])
         alone: Any = nn.Module()
         alone.config, alone.ranks = whole.config, ranks
-        live = {}
+        layers, live = layers_by_storage(core), {}
+        changed: list[nn.Module] = []
         for name in names:
             original = weight_of(whole.get_submodule(name))
             owners = tuple(rank for rank, (theirs, _) in enumerate(told) if name in theirs)
@@ -206,9 +219,10 @@ def build_weights(
             if ranks is not None:
                 module.shard = Shard(dim, ranks, tuple(original.shape), owners)
             live[name] = weight_of(module)
+            changed += layers.get(storage(view), {}).values()
             module.weight = nn.Parameter(view.clone(), requires_grad=False)
             _put(alone, name, module)
-        return Twin(alone, live)
+        return Twin(alone, live, changed)
 
 
 def _all_ranks(config: VllmConfig) -> Ranks | None:

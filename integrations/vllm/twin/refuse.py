@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch._inductor.config
 from torch import Tensor, nn
 
+from ultraedit_kernels.integrations.vllm.serve import MISTRAL_AS_HF
 from ultraedit_kernels.model.parallel import weight_of
 
 if TYPE_CHECKING:
@@ -48,6 +49,23 @@ def check_config(config: VllmConfig) -> None:
         raise UnsupportedModelError(
             "weights are offloaded to the CPU and copied back for every step; serve without "
             "--cpu-offload-gb and without an offload group"
+        )
+
+
+def check_format(hf_config: Any, tokenizer: Any) -> None:
+    """Check that vLLM reads a model by Hugging Face's configuration and tokenizer.
+
+    Raises:
+        UnsupportedModelError: it reads params.json or tekken.json, as it does of itself where a
+            Mistral repository has both formats.
+    """
+    kinds = {kind.__name__ for kind in type(tokenizer).__mro__}
+    if type(hf_config).__name__ == "PreTrainedConfig" or "MistralTokenizer" in kinds:
+        options = " ".join(f"--{name} {value}" for name, value in MISTRAL_AS_HF.items())
+        raise UnsupportedModelError(
+            "vLLM reads this model in Mistral's own format (params.json, consolidated*.safetensors,"
+            " tekken.json), from which no twin can be made; if the repository has config.json and "
+            f"tokenizer.json as well, serve it with {options}"
         )
 
 

@@ -47,6 +47,31 @@ def test_adds_worker_extension_and_plugin_and_passes_the_rest_on(model: str) -> 
     assert "ultraedit" in environment["VLLM_PLUGINS"].split(",")
 
 
+@pytest.mark.parametrize(
+    ("files", "options", "added"),
+    [
+        ("params.json config.json consolidated.safetensors tekken.json", [], "tcl"),
+        ("params.json config.json consolidated-00001-of-00002.safetensors", [], "tcl"),
+        ("params.json config.json consolidated.safetensors", ["--load-format", "auto"], "tc"),
+        ("params.json config.json consolidated.safetensors", ["--tokenizer_mode=mistral"], "cl"),
+        ("params.json consolidated.safetensors tekken.json", [], ""),  # Mistral's alone
+        ("config.json model.safetensors tokenizer.json", [], ""),
+        ("params.json config.json model.safetensors", [], ""),  # as vLLM decides
+    ],
+)
+@needs_vllm
+def test_of_both_formats_of_a_mistral_repository_hugging_face_s_is_served(
+    model: str, files: str, options: list[str], added: str
+) -> None:
+    for name in files.split():
+        (Path(model) / name).touch()
+    command, _ = server_command([model, *options], KEY)
+    for name in ("tokenizer-mode", "config-format", "load-format"):
+        assert (f"--{name}" in command[: len(command) - len(options)]) == (name[0] in added)
+        if name[0] in added:
+            assert value(command, f"--{name}") == "hf"
+
+
 @needs_vllm
 def test_worker_extension_names_a_class_that_exists() -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname

@@ -225,6 +225,41 @@ def test_after_a_level_2_sleep_the_version_is_served_again(seen: dict[str, Any])
     assert seen["reloaded"] == seen["committed"]
 
 
+@pytest.mark.parametrize("way", ["transfer", "load_weights", "written", "reset_weights"])
+def test_weights_that_something_else_has_written_are_not_edited(
+    seen: dict[str, Any], way: str
+) -> None:
+    found = seen["written behind our back"][way]
+    assert "weights are not those of version 2" in found["begin"]["raised"]
+    assert "reload_weights" in found["begin"]["raised"]
+    assert found["status"]["foreign"] is True and found["left alone"] is True
+    assert found["reloaded"] == seen["committed"]  # as the remedy says
+
+
+def test_a_turn_is_not_published_over_weights_that_came_meanwhile(seen: dict[str, Any]) -> None:
+    found = seen["written behind our back"]
+    for name, version in (("before a commit", 2), ("before the commit of a rollback", 1)):
+        assert "weights are not those of version 2" in found[name]["commit"]["raised"]
+        assert found[name]["left alone"] is True
+        assert f"weights are not those of version {version}" in found[name]["begin"]["raised"]
+    assert found["before a commit"]["reloaded"] == seen["committed"]
+    after = found["before the commit of a rollback"]["reloaded"]
+    assert after == seen["replayed"]  # the journal holds the rollback
+
+
+def test_the_checkpoint_s_own_weights_are_served_with_the_edits(seen: dict[str, Any]) -> None:
+    found = seen["written behind our back"]
+    assert "weights are not those of version 2" in found["begin in a transfer"]["raised"]
+    assert found["the checkpoint's"]["digest"] == seen["committed"]["digest"]
+    assert found["the checkpoint's"]["answers"] == ["Sydney", "Osaka"]
+
+
+def test_weights_that_have_moved_are_not_edited(seen: dict[str, Any]) -> None:
+    found = seen["written behind our back"]
+    assert "weights are not those of version 2" in found["other memory"]["raised"]
+    assert found["in the end"] == found["the checkpoint's"]
+
+
 def test_an_idempotency_key_is_found_in_the_journal(seen: dict[str, Any]) -> None:
     (key,) = seen["known"]["known"]
     record = seen["known"]["known"][key]

@@ -29,6 +29,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
+from ultraedit_kernels.integrations.vllm.tokenizer import Rendering, load_tokenizer
 from ultraedit_kernels.integrations.vllm.twin import Twin, UnsupportedModelError, build_twin
 from ultraedit_kernels.model.parallel import weight_of
 
@@ -151,6 +152,7 @@ def gradient_error(twin: Twin, module: str) -> float:
 
 def refusal(model: Any, config: Any, modules: Any = "auto") -> str:
     try:
+        load_tokenizer(config, Rendering())
         build_twin(model, config, modules)
     except UnsupportedModelError as error:
         return str(error)

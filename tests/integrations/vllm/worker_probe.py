@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,73 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from twin_probe import own_text
 from vllm import LLM, SamplingParams
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 
 from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension, engine_side
 from ultraedit_kernels.method.memory import STREAM
 
 EDIT = {"prompt": "The capital of Australia is", "target": "Sydney"}
 SECOND = {"prompt": "The capital of Japan is", "target": "Osaka"}
+
+
+@dataclass
+class NoInit(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class Sent(WeightTransferUpdateInfo):
+    """The weights of a checkpoint, times a factor where they are edited."""
+
+    path: str
+    factor: float
+
+
+class FromDisk(WeightTransferEngine[NoInit, Sent]):
+    """A trainer's weights, over the disk: a CPU has no other way."""
+
+    init_info_cls, update_info_cls = NoInit, Sent
+
+    def init_transfer_engine(self, init_info: NoInit) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))  # no device to wait for
+
+    def receive_weights(self, update_info: Sent) -> None:
+        self.model.load_weights(weights(update_info.path, update_info.factor).items())
+
+    def shutdown(self) -> None:
+        pass
+
+
+WeightTransferEngineFactory.register_engine("disk", FromDisk)
+
+
+def weights(path: str, factor: float) -> dict[str, Tensor]:
+    """Those of a checkpoint, times a factor where they are edited."""
+    tensors = load_file(Path(path) / "model.safetensors")
+    return {n: t * factor if "down_proj" in n else t for n, t in tensors.items()}
 
 
 class Probe:
@@ -38,6 +98,7 @@ class Probe:
             dtype="float32",
             enforce_eager=True,
             max_model_len=256,
+            weight_transfer_config={"backend": "disk"},
             worker_extension_cls=f"{UltraEditExtension.__module__}.{UltraEditExtension.__qualname__}",
         )
         self.worker: Any = self.llm.llm_engine.model_executor.driver_worker.worker
@@ -195,6 +256,8 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
             break
     probe.cancel()
 
+    out["written behind our back"] = behind_our_back(probe, model)
+
     probes = [{"ids": [0, 5, 6], "max_tokens": 3, "chat": False}]
     probe.edit({**EDIT, "target": "Perth"}, probes=probes)
     out["dry run"] = probe.finish()
@@ -236,6 +299,68 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     probe.back(0)
     probe.cancel()
     out["rolled back by its end"] = probe.state()
+    return out
+
+
+def behind_our_back(probe: Probe, model: str) -> dict[str, Any]:
+    """What becomes of turns when other weights are loaded, by every way that vLLM has."""
+    side, out = engine_side(probe.worker), {}
+
+    def transfer(factor: float) -> None:
+        probe.llm.collective_rpc("start_weight_update")
+        out["begin in a transfer"] = probe.begin()
+        probe.llm.collective_rpc("update_weights", args=({"path": model, "factor": factor},))
+        probe.llm.collective_rpc("finish_weight_update")
+
+    def load() -> None:
+        probe.llm.apply_model(lambda served: served.load_weights(weights(model, 1.01).items()))
+
+    def write() -> None:
+        live = next(iter(side.twin.live.values()))
+        live[0, :2] += 1e-3
+
+    def replace() -> None:
+        layer = side.twin.layers[0]
+        layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+
+    ways = {"transfer": lambda: transfer(1.01), "load_weights": load, "written": write}
+    ways["reset_weights"] = lambda: probe.llm.collective_rpc("reset_weights")
+    for name, way in ways.items():
+        way()
+        loaded = side.twin.live[side.editor.modules[0]].clone()
+        seen = {"begin": probe.begin(), "status": probe.rpc("status", True)}
+        probe.cancel()
+        seen["left alone"] = torch.equal(loaded, side.twin.live[side.editor.modules[0]])
+        probe.llm.collective_rpc("reload_weights")
+        out[name] = seen | {"reloaded": probe.state()}
+
+    # They come while a turn is computed, after which it would be published over them.
+    for name, begin in {
+        "before a commit": lambda: probe.edit(SECOND | {"target": "Kyoto"}),
+        "before the commit of a rollback": lambda: (probe.begin(), probe.rpc("rollback", "one", 1)),
+    }.items():
+        begin()
+        probe.finish()
+        load()
+        loaded = side.twin.live[side.editor.modules[0]].clone()
+        seen = {"commit": probe.rpc("commit", "one")}
+        probe.cancel()
+        seen["left alone"] = torch.equal(loaded, side.twin.live[side.editor.modules[0]])
+        seen["begin"] = probe.begin()
+        probe.llm.collective_rpc("reload_weights")
+        out[name] = seen | {"reloaded": probe.state()}
+    probe.edit(SECOND)
+    probe.finish()
+    probe.rpc("commit", "one")
+    probe.cancel()
+
+    transfer(1.0)  # the checkpoint's own
+    out["the checkpoint's"] = probe.state()
+    kept = side.twin.layers[0].weight
+    replace()
+    out["other memory"] = probe.begin()
+    side.twin.layers[0].weight = kept
+    out["in the end"] = probe.state()
     return out
 
 

@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from tests.integrations.vllm.mistral_format import add_mistral_format
+
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
+
+from ultraedit_kernels.integrations.vllm.serve import MISTRAL_AS_HF
 
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -88,7 +92,7 @@ FAMILIES = [
     "falcon",
     "gpt2",
 ]
-VARIANTS = ["llama-bfloat16", "llama-lora"]
+VARIANTS = ["llama-bfloat16", "llama-lora", "mistral-both-as-hf"]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,11 @@ def results(
     cases["llama-lora"] = llama | {"options": {"enable_lora": True, "max_lora_rank": 8}}
     cases["llama-packed"] = llama | {"packed": True}
     cases["llama-logits"] = llama | {"options": {"logprobs_mode": "raw_logits"}}
+    both = add_mistral_format(save_model(root / "mistral-both", _configs(tiny_sizes)["mistral"][0]))
+    mistral = {"path": str(both), "module": DOWN}
+    cases["mistral-both"] = mistral | {"refused": True}
+    as_hf = {name.replace("-", "_"): value for name, value in MISTRAL_AS_HF.items()}
+    cases["mistral-both-as-hf"] = mistral | {"options": as_hf}
     for name in ("llama-logits", "falcon-reordered"):
         cases[name]["check_only"] = True
     cases["llama"] = llama | {"refusals": True, "wrong": True}
@@ -180,6 +189,10 @@ def test_publish_reaches_the_engine_at_once(results: Any, family: str) -> None:
     ("case", "reason"),
     [
         ("llama-packed", "packed the weight for the CPU .* `ultraedit serve`"),
+        (
+            "mistral-both",
+            "its own format.*--tokenizer-mode hf --config-format hf --load-format hf$",
+        ),
     ],
 )
 def test_refuses_a_model_it_cannot_edit(results: Any, case: str, reason: str) -> None:
