@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from ultraedit_kernels.method.guards import GuardError, Guards
 from ultraedit_kernels.method.locate import CONTEXT_TEXTS, at_names
 from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.phase import Phase
+from ultraedit_kernels.method.prepare import Preparation
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
 from ultraedit_kernels.method.spaces import spaces_of
@@ -69,6 +70,7 @@ class Editor:
         versions: the versions of these weights, see `versions.Versions`.
         memory: what the stream of edits remembers, see `memory.Memory`.
         guards: what every turn must pass, see `guards.Guards`.
+        preparation: what comes before the first turn, see `prepare.Preparation`.
         at_names: whether edits are made at names, see `locate`, or at answer positions.
 
     Raises:
@@ -124,6 +126,7 @@ class Editor:
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
         limits = (max_change, max_lost, guards.load_canaries(canaries))
         self.guards = Guards(model, tokenizer, self.weights, self.versions.pristine, *limits)
+        self.preparation = Preparation(model, tokenizer, self.versions, self.guards)
         self.rollback(self.version)
 
     def close(self) -> None:
@@ -174,10 +177,11 @@ class Editor:
         """
         clock = Clock()
         self.check(requests)
-        start = {name: weight.clone() for name, weight in self.weights.items()}
+        start = self.versions.copies()
         committed = False
         try:
             self.prepare()
+            lost = yield from self._lost_before()
             anchors, named = yield from self.memory.anchors_for(
                 self.model, self.tokenizer, requests
             )
@@ -197,7 +201,7 @@ class Editor:
             left = TurnMemory.of(done, named)
             try:
                 guards.check_finite(**left.numbers())
-                measured = yield from self._measure(start)
+                measured = yield from self._measure(start, lost)
             except GuardError as error:
                 if commit:
                     raise
@@ -251,12 +255,13 @@ class Editor:
         delta.check_base(self.versions.base)
         guards.check_delta(delta, self.weights)
         self.prepare()
-        start = {name: weight.clone() for name, weight in self.weights.items()}
+        lost = yield from self._lost_before()
+        start = self.versions.copies()
         try:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
                 yield Phase.SOLVE
-            measured = yield from self._measure(start)
+            measured = yield from self._measure(start, lost)
             yield Phase.RECORD
             left = self.memory.unchanged()
             self.versions.commit("delta", delta, left, (), measured, note)
@@ -305,32 +310,33 @@ class Editor:
         """
         self.memory.hold_still(keys)
 
-    def prepare(self) -> None:
+    def prepare(self, told: Callable[[float], None] | None = None) -> None:
         """Gather the anchors now, rather than in the first turn.
 
         They are texts that the untouched model writes, and the edits of all versions that held, so
         that a resumed stream has the same ones. Canaries that do not hold now are warned about.
-        """
-        if not self.memory.has_texts:
-            now = {name: weight.clone() for name, weight in self.weights.items()}
-            try:
-                self.versions.write(self.versions.pristine)
-                self.guards.note_references()
-                self.memory.write_texts(self.model, self.tokenizer, self.versions.base)
-            finally:
-                self.versions.write(now)
-            try:
-                _finish(self.guards.check_canaries())
-            except GuardError as error:
-                logger.warning("at version %d already, %s", self.version, error.reason)
-        if not self.memory.recalled:
-            self.versions.recall()
 
-    def _measure(self, start: Mapping[str, Tensor]) -> Generator[Phase, None, dict[str, float]]:
-        """What the guards measure of the turn that led here; raises GuardError."""
+        Args:
+            told: called with the share of the texts that is written, from 0 to 1.
+        """
+        self.preparation.finish(told)
+
+    def _lost_before(self) -> Generator[Phase, None, float]:
+        """Share of the model's own texts that earlier turns have lost."""
+        last = self.history()[-1]["guards"] if self.version else None
         texts = self.memory.own_texts(guards.OWN_TEXTS)
-        lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0
-        return self.guards.measure(start, texts, lost, self.settings.batch_size)
+        size, protected = self.settings.batch_size, self.memory.protected
+        return (yield from self.guards.lost_before(last, texts, protected, size))
+
+    def _measure(
+        self, start: Mapping[str, Tensor], lost: float
+    ) -> Generator[Phase, None, dict[str, float]]:
+        """What the guards measure of the turn that led here, before which so many of the texts were
+        lost; raises GuardError."""
+        texts = self.memory.own_texts(guards.OWN_TEXTS)
+        measured = yield from self.guards.measure(start, texts, lost, self.settings.batch_size)
+        protected = self.memory.protected
+        return measured | ({"protected": protected} if protected < 1 else {})
 
 
 def apply_what_passes(

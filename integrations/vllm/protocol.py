@@ -227,6 +227,9 @@ class EditsAnswer(BaseModel):
     timings: Timings
     rejected: str | None = None
     """Of a dry run: why a guard would reject the turn."""
+    protected: float
+    """Share of the model's own texts that the turn could hold still: below 1 while they are being
+    gathered after the first start of a model, 0 if there were none yet."""
 
 
 class CommitTimings(BaseModel):
@@ -267,6 +270,8 @@ class Health(BaseModel):
     """Whether a change is under way."""
     traffic_keys: int
     """Keys of live traffic that are held still, per module."""
+    gathered: float
+    """Share of the model's own texts that are written, which edits are to leave alone."""
     ranks: list[Rank]
 
     @classmethod
@@ -280,6 +285,7 @@ class Health(BaseModel):
             version=ranks[0]["version"],
             turn=ranks[0]["turn"],
             traffic_keys=ranks[0]["traffic_keys"],
+            gathered=ranks[0]["gathered"],
             ranks=[Rank(**{name: rank[name] for name in Rank.model_fields}) for rank in ranks],
         )
 

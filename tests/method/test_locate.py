@@ -9,7 +9,7 @@ import torch
 from tests.method.small import run
 from ultraedit_kernels import Editor, EditRequest
 from ultraedit_kernels.method import locate
-from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, own_keys, own_texts
+from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, OwnKeys, own_texts
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence, encode
 from ultraedit_kernels.model.generation import generate
@@ -28,8 +28,10 @@ def anchors(request, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(BUNDLED)
     names = default_modules(model, model.config)[:2]
     weights = {name: model.get_submodule(name).weight.data for name in names}
-    texts = own_texts(model, tokenizer, 40, seed=0)
-    return model, weights, texts, own_keys(model, texts, weights, ridge=1.0, limit=4096)
+    texts = [text for _, part in own_texts(model, tokenizer, 40, seed=0) for text in part]
+    own = OwnKeys(weights, ridge=1.0, limit=4096)
+    own.add(model, texts)
+    return model, weights, texts, own.anchors()
 
 
 def test_keys_of_own_texts_are_all_that_a_ridge_system_sees_of_them(anchors) -> None:
