@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +17,7 @@ from ultraedit_kernels.method.guards import GuardError, Guards
 from ultraedit_kernels.method.locate import CONTEXT_TEXTS, at_names
 from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.phase import Phase
+from ultraedit_kernels.method.prepare import Preparation
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.results import Clock, EditOutcome, TurnResult, outcomes_of
 from ultraedit_kernels.method.spaces import spaces_of
@@ -69,6 +70,7 @@ class Editor:
         versions: the versions of these weights, see `versions.Versions`.
         memory: what the stream of edits remembers, see `memory.Memory`.
         guards: what every turn must pass, see `guards.Guards`.
+        preparation: what comes before the first turn, see `prepare.Preparation`.
         at_names: whether edits are made at names, see `locate`, or at answer positions.
 
     Raises:
@@ -124,6 +126,7 @@ class Editor:
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
         limits = (max_change, max_lost, guards.load_canaries(canaries))
         self.guards = Guards(model, tokenizer, self.weights, self.versions.pristine, *limits)
+        self.preparation = Preparation(model, tokenizer, self.versions, self.guards)
         self.rollback(self.version)
 
     def close(self) -> None:
@@ -174,10 +177,11 @@ class Editor:
         """
         clock = Clock()
         self.check(requests)
-        start = {name: weight.clone() for name, weight in self.weights.items()}
+        start = self.versions.copies()
         committed = False
         try:
             self.prepare()
+            lost = yield from self._lost_before()
             anchors, named = yield from self.memory.anchors_for(
                 self.model, self.tokenizer, requests
             )
@@ -194,7 +198,7 @@ class Editor:
             )
             done = yield from clock.timed(work)
             outcomes, left = outcomes_of(requests, done), TurnMemory.of(done, named)
-            measured, rejected = yield from self._measure(start, commit, left.numbers())
+            measured, rejected = yield from self._measure(start, lost, commit, left.numbers())
             if commit:
                 yield Phase.RECORD
             clock.commits()
@@ -249,13 +253,14 @@ class Editor:
         delta.check_base(self.versions.base, self.versions.dtype)
         guards.check_delta(delta, self.weights)
         self.prepare()
-        start = {name: weight.clone() for name, weight in self.weights.items()}
+        lost = yield from self._lost_before()
+        start = self.versions.copies()
         committed = False
         try:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
                 yield Phase.SOLVE
-            measured, rejected = yield from self._measure(start, commit, {})
+            measured, rejected = yield from self._measure(start, lost, commit, {})
             if commit:
                 yield Phase.RECORD
                 left = self.memory.unchanged()
@@ -306,35 +311,34 @@ class Editor:
         """
         self.memory.hold_still(keys)
 
-    def prepare(self) -> None:
+    def prepare(self, told: Callable[[float], None] | None = None) -> None:
         """Gather the anchors now, rather than in the first turn.
 
         They are texts that the untouched model writes, and the edits of all versions that held, so
         that a resumed stream has the same ones. Canaries that do not hold now are warned about.
+
+        Args:
+            told: called with the share of the texts that is written, from 0 to 1.
         """
-        if not self.memory.has_texts:
-            now = {name: weight.clone() for name, weight in self.weights.items()}
-            try:
-                self.versions.write(self.versions.pristine)
-                self.guards.note_references()
-                self.memory.write_texts(self.model, self.tokenizer, self.versions.base)
-            finally:
-                self.versions.write(now)
-            try:
-                _finish(self.guards.check_canaries())
-            except GuardError as error:
-                logger.warning("at version %d already, %s", self.version, error.reason)
-        if not self.memory.recalled:
-            self.versions.recall()
+        self.preparation.finish(told)
+
+    def _lost_before(self) -> Generator[Phase, None, float]:
+        """Share of the model's own texts that earlier turns have lost."""
+        last = self.history()[-1]["guards"] if self.version else None
+        texts = self.memory.own_texts(guards.OWN_TEXTS)
+        size, protected = self.settings.batch_size, self.memory.protected
+        return (yield from self.guards.lost_before(last, texts, protected, size))
 
     def _measure(
-        self, start: Mapping[str, Tensor], commit: bool, numbers: Mapping[str, Tensor]
+        self, start: Mapping[str, Tensor], lost: float, commit: bool, numbers: Mapping[str, Tensor]
     ) -> Generator[Phase, None, tuple[dict[str, float], str | None]]:
-        """See `guards.or_why_not`, of the turn that led here and leaves numbers behind."""
+        """See `guards.or_why_not`, of the turn that led here and leaves numbers behind; before it,
+        so many of the texts were lost."""
         texts = self.memory.own_texts(guards.OWN_TEXTS)
-        lost = self.history()[-1]["guards"]["lost"] if self.version else 0.0
         work = self.guards.measure(start, texts, lost, self.settings.batch_size)
-        return guards.or_why_not(work, commit, numbers)
+        measured, rejected = yield from guards.or_why_not(work, commit, numbers)
+        protected = self.memory.protected
+        return measured | ({"protected": protected} if protected < 1 else {}), rejected
 
 
 def apply_what_passes(

@@ -104,6 +104,9 @@ def _choice(*names: str) -> Kind:
 
 ABOVE_ZERO = Kind("a number above 0", lambda x: _is_number(x) and x > 0, float, type=float)
 ABOVE_ONE = Kind("a number above 1", lambda x: _is_number(x) and x > 1, float, type=float)
+SHARE = Kind(
+    "a number above 0 and below 1", lambda x: _is_number(x) and 0 < x < 1, float, type=float
+)
 FROM_ZERO = Kind(
     "a number from 0", lambda x: _is_number(x) and x >= 0, float, type=float, least=0.0
 )
@@ -137,17 +140,9 @@ def _setting(
     if unset is None:  # numbers as they are written, true and false as in JSON
         unset = f"{default:g}" if _is_number(default) else str(default)
         unset = unset.lower() if isinstance(default, bool) else unset
-    metadata = {
-        "kind": kind,
-        "help": help,
-        "flag": flag,
-        "serve": serve,
-        "audience": audience,
-        "reason": reason,
-        "metavar": kind.metavar if metavar is None else metavar,
-        "unset": unset,
-    }
-    return field(default=default, metadata=metadata)
+    metavar = kind.metavar if metavar is None else metavar
+    metadata = dict(kind=kind, help=help, flag=flag, serve=serve, audience=audience, reason=reason)
+    return field(default=default, metadata=metadata | {"metavar": metavar, "unset": unset})
 
 
 @dataclass(frozen=True)
@@ -326,6 +321,12 @@ class ServingSettings:
         "Times as long that an engine step may take, and so the wait for a token, while a turn is "
         "prepared beside running requests.",
         serve="--edit-stretch",
+    )
+    gather_share: float = _setting(
+        0.1,
+        SHARE,
+        "Share of a busy engine's time in which the texts of `anchors` are gathered at first.",
+        serve="--edit-gather-share",
     )
     reset_prefix_cache: bool = _setting(
         True,

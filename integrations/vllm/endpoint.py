@@ -6,6 +6,7 @@ Loaded by vLLM as the endpoint plugin `ultraedit` where VLLM_PLUGINS names it. T
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -29,6 +30,7 @@ from vllm.logger import init_logger
 
 from ultraedit_kernels.integrations.vllm import keys, metrics
 from ultraedit_kernels.integrations.vllm.audit import Audit
+from ultraedit_kernels.integrations.vllm.gathering import gather
 from ultraedit_kernels.integrations.vllm.page import PageFiles
 from ultraedit_kernels.integrations.vllm.protocol import (
     ERRORS,
@@ -88,6 +90,7 @@ class UltraEditEndpoint:
         await service.start()
         state.ultraedit = service
         metrics.serving((await service.status(False))[0]["version"])
+        self._gathering = asyncio.create_task(gather(service.engines.leader, metrics.gathered))
 
 
 class _Route(APIRoute):

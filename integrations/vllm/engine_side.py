@@ -27,6 +27,7 @@ import torch
 
 from ultraedit_kernels.editor import Editor
 from ultraedit_kernels.integrations.vllm import engine_work as work
+from ultraedit_kernels.integrations.vllm.background import Background
 from ultraedit_kernels.integrations.vllm.engine_hooks import follow_steps, follow_weights
 from ultraedit_kernels.integrations.vllm.engine_start import build_parts, last_layer_only
 from ultraedit_kernels.integrations.vllm.slices import Pace, Slices
@@ -38,6 +39,7 @@ from ultraedit_kernels.integrations.vllm.workers import (
     Begun,
     Checked,
     DeltaFile,
+    Gathered,
     History,
     Live,
     LostTurn,
@@ -116,6 +118,7 @@ class EngineSide:
     """
 
     twin: Twin
+    background: Background
     live: int
     recorded: str
     follows: bool
@@ -146,7 +149,7 @@ class EngineSide:
             self._publish()
             follow_weights(self.worker, self.twin.watch, self._drop_turn, self._republish)
             self.traffic = Traffic(size) if (size := parts.serving.traffic) else None
-            self.pace = Pace(parts.serving.stretch)
+            self.pace, self.background = Pace(parts.serving.stretch), parts.background
             follow_steps(self.worker, self._stepped)
         editor = self.editor
         return {
@@ -171,14 +174,9 @@ class EngineSide:
             self.cancel(other.id)  # the first engine knows whose turn it is
         elif other is not None:
             return {"busy": other.id, "idle": time.monotonic() - other.called}
-        known = {}
         with self.together():
             self.twin.watch.check(self.live)
-            taken = Turn(turn, self.live)
-            for record in editor.history() if keys else ():
-                for request in record.get("note", {}).get("requests", ()):
-                    if request["key"] in keys:
-                        known[request["key"]] = record
+            taken, known = Turn(turn, self.live), work.known(editor, keys)
         self.turn = taken
         return {"known": known}
 
@@ -325,7 +323,15 @@ class EngineSide:
             "digest": digest_all(self.twin.live) if digest else None,
             "turn": self.turn is not None,
             "traffic_keys": len(self.traffic or ()),
+            "gathered": self.editor.memory.gathering.written,
         }
+
+    @rpc
+    def gather(self, server: str) -> Gathered:
+        """If the engine is idle, a slice of gathering what protects the model."""
+        again = self.background.drive(server, self.turn is not None)
+        gathered = self.editor.memory.gathering.written
+        return {"gathered": gathered, "done": self.background.ended, "again": again}
 
     def together(self) -> AbstractContextManager[None]:
         """What is done inside fails on all ranks if it fails on one."""
@@ -373,6 +379,7 @@ class EngineSide:
 
     def _drop_turn(self) -> None:
         """Before the weights go, which it would read."""
+        self.background.held = True
         if self.turn is not None:
             self.cancel(self.turn.id)
 
@@ -385,20 +392,12 @@ class EngineSide:
             self._publish()
         if self.twin.watch.look():
             logger.warning("UltraEdit: the engine's weights are no longer version %d's", self.live)
+        self.background.held = self.twin.watch.foreign
 
     def _stepped(self, prompts: list[list[int]]) -> None:
         """After an engine step: a slice of the turn's work, or keys of the prompts."""
         self.pace.after_step(None if self.turn is None else self.turn.work, self.together)
+        self.background.after_step(self.turn is not None)
         # In a turn the twin has the turn's weights, not those that are served.
         if self.turn is None and self.traffic is not None:
-            self._sample(self.traffic, prompts)
-
-    def _sample(self, traffic: Traffic, prompts: list[list[int]]) -> None:
-        """Offer prompts to the sample. If that fails no more are taken; they are served anyhow."""
-        try:
-            with torch.inference_mode(False), self.together():
-                for prompt in prompts:
-                    traffic.offer(self.editor.model, self.editor.modules, prompt)
-        except Exception:
-            logger.exception("UltraEdit: no more keys of live traffic are taken")
-            self.traffic = None
+            self.traffic = self.traffic.sampled(self.editor, prompts, self.together)

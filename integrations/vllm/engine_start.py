@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ultraedit_kernels.editor import Editor
+from ultraedit_kernels.integrations.vllm.background import Background
 from ultraedit_kernels.integrations.vllm.tokenizer import Rendering, load_tokenizer, stop_tokens
 from ultraedit_kernels.integrations.vllm.twin import Twin, build_twin, build_weights
 from ultraedit_kernels.method.memory import STREAM
@@ -25,6 +26,8 @@ class Parts:
     twin: Twin
     serving: ServingSettings
     """What a turn may take."""
+    background: Background
+    """What gathers the rest of what protects the model."""
 
 
 def build_parts(
@@ -66,8 +69,11 @@ def build_parts(
             if (where := settings.get("state_dir")) is None:
                 raise
             raise ValueError(f"{error} (state directory: {where})") from error
+        apart = None
+        if not editor.preparation.begin():
+            apart = build_twin(worker.get_model(), config, list(twin.live), "gathering").model
         editor.prepare()  # or it is the longest slice of the first turn
-    return Parts(editor, twin, serving)
+    return Parts(editor, twin, serving, Background(editor, apart, serving.gather_share))
 
 
 def _settings(settings: dict[str, Any], computes: bool, follows: bool) -> dict[str, Any]:

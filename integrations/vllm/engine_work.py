@@ -21,6 +21,16 @@ PROBE_BATCH = 8
 T = TypeVar("T")
 
 
+def known(editor: Editor, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The records of the journal by those idempotency keys that it has."""
+    return {
+        request["key"]: record
+        for record in (editor.history() if keys else ())
+        for request in record.get("note", {}).get("requests", ())
+        if request["key"] in keys
+    }
+
+
 def edit(
     editor: Editor, requests: Sequence[EditRequest], note: dict[str, Any] | None, followed: bool
 ) -> Generator[str, None, Result]:
@@ -121,4 +131,5 @@ def _result(result: TurnResult) -> Result:
         "edits": edits,
         "timings": dict(result.timings),
         "rejected": result.rejected,
+        "protected": result.guards.get("protected", 1.0),
     }

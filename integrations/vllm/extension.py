@@ -95,3 +95,7 @@ class UltraEditExtension:
     def ultraedit_status(self, digest: bool) -> workers.Status:
         """What is served."""
         return engine_side(self).status(digest)
+
+    def ultraedit_gather(self, server: str) -> workers.Gathered:
+        """Do a slice of gathering, if the engine is idle."""
+        return engine_side(self).gather(server)

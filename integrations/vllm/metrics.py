@@ -29,6 +29,11 @@ class _Metrics:
             "Changes under way or waiting.",
             multiprocess_mode="livesum",
         )
+        self.gathered = Gauge(
+            "ultraedit_gathered_ratio",
+            "Share of the model's own texts that are written, which edits are to leave alone.",
+            multiprocess_mode="mostrecent",
+        )
         self.changes = Counter(
             "ultraedit_changes", "Changes asked for, by kind and outcome.", ["kind", "outcome"]
         )
@@ -56,6 +61,11 @@ def _metrics() -> _Metrics:
 def serving(version: int) -> None:
     """The version that is served from now on."""
     _metrics().version.set(version)
+
+
+def gathered(share: float) -> None:
+    """How far what protects the model is gathered."""
+    _metrics().gathered.set(share)
 
 
 @contextmanager

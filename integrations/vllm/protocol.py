@@ -249,6 +249,9 @@ class EditsAnswer(BaseModel):
     timings: Timings
     rejected: str | None = None
     """Of a dry run: why a guard would reject the turn."""
+    protected: float
+    """Share of the model's own texts that the turn could hold still: below 1 while they are being
+    gathered after the first start of a model, 0 if there were none yet."""
 
 
 class CommitTimings(BaseModel):
@@ -311,6 +314,8 @@ class Health(BaseModel):
     """The changes of the API server that answers: first the one under way, then those that wait."""
     traffic_keys: int
     """Keys of live traffic that are held still, per module."""
+    gathered: float
+    """Share of the model's own texts that are written, which edits are to leave alone."""
     ranks: list[Rank]
 
     @classmethod
@@ -332,6 +337,7 @@ class Health(BaseModel):
             turn=ranks[0]["turn"],
             queue=[Change(**change) for change in queue],
             traffic_keys=ranks[0]["traffic_keys"],
+            gathered=ranks[0]["gathered"],
             ranks=[Rank(**{name: rank[name] for name in Rank.model_fields}) for rank in ranks],
         )
 

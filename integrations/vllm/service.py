@@ -51,11 +51,14 @@ class EditService:
     Args:
         engine: what the server talks to its engines through.
         renderer: the server's; None outside a server.
+
+    Attributes:
+        engines: the workers' calls.
     """
 
     def __init__(self, engine: EngineClient, renderer: OnlineRenderer | None = None) -> None:
         config = engine.vllm_config
-        self._engine, self._engines = engine, Engines(engine)
+        self._engine, self.engines = engine, Engines(engine)
         self._settings = dict(config.additional_config.get("ultraedit", {}))
         check(self._settings, "operator")
         self._own = ServingSettings(**only(self._settings, ServingSettings))
@@ -102,8 +105,8 @@ class EditService:
         has_twin = parallel.pipeline_parallel_size == 1
         rendering = self._rendering.as_data()
         try:
-            info = (await self._engines.leader.start(self._settings, rendering, False))[0]
-            followers = self._engines.followers
+            info = (await self.engines.leader.start(self._settings, rendering, False))[0]
+            followers = self.engines.followers
             for rank in await followers.start(self._settings, rendering, True):
                 if rank["version"] != info["version"]:
                     raise EditError(
@@ -149,7 +152,7 @@ class EditService:
         ends = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         first = next((token for token in ends if token is not None), 0)
         text = await self._reader.own_text(first, self._max_length)
-        return (await self._engines.leader.check(*text))["difference"]
+        return (await self.engines.leader.check(*text))["difference"]
 
     async def run(self, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
         """Do the work to its end even if the client that waits for it goes away."""
@@ -179,9 +182,9 @@ class EditService:
 
         Timings in milliseconds: `queue_ms` waiting for earlier turns; `capture_ms` and `solve_ms`
         in the worker, engine steps between slices included; `commit_ms` from the finished turn
-        until the engine serves the new weights;
-        `pause_ms` the longest time that this turn kept the engine from stepping, be it for one
-        slice of work or for the commit; `total_ms` all of it, with reading the answers.
+        until the engine serves the new weights; `pause_ms` the longest time that this turn kept the
+        engine from stepping, be it for one slice of work or for the commit; `total_ms` all of it,
+        with reading the answers.
 
         Args:
             body: the request.
@@ -224,22 +227,22 @@ class EditService:
     async def history(self, limit: int, before: int | None) -> History:
         """Journal entries below version `before`, newest first, each with what the engine said
         before and after, see `Reports.of`."""
-        history = await self._engines.leader.history(limit, before)
+        history = await self.engines.leader.history(limit, before)
         entries = await asyncio.to_thread(self._reports.beside, history["entries"])
         return {**history, "entries": entries}
 
     async def status(self, digest: bool) -> list[dict[str, Any]]:
         """What every rank of every engine serves."""
-        ranks = await self._engines.all.status(digest)
-        each = len(ranks) // len(self._engines.all)
+        ranks = await self.engines.all.status(digest)
+        each = len(ranks) // len(self.engines.all)
         return [{**one, "engine": i // each, "rank": i % each} for i, one in enumerate(ranks)]
 
     async def delta(self, version: int) -> bytes:
         """The delta file of a version."""
-        return await self._engines.leader.delta(version)
+        return await self.engines.leader.delta(version)
 
     def _turn(self, keys: list[str] | None = None) -> AbstractAsyncContextManager[Turn]:
-        return take_turn(self._engine, self._engines, self._own, self._stales_cache, keys or [])
+        return take_turn(self._engine, self.engines, self._own, self._stales_cache, keys or [])
 
     async def _edit(self, together: list[Waiting]) -> None:
         """Give each an answer; one by one if they are refused together."""
@@ -277,7 +280,7 @@ class EditService:
             first += len(asked.requests)
             own = {"queue_ms": queue_ms[i], **timings}
             answer = answer_of(version, asked, outcomes, before[i], after[i], own, self._why_other)
-            waiting.answer = answer | {"rejected": result["rejected"]}
+            waiting.answer = answer | {x: result[x] for x in ("rejected", "protected")}
             answers.append(waiting.answer)
         if not (dry_run := requests[0].dry_run):
             await asyncio.to_thread(self._reports.write, version, result["digest"], answers)
@@ -325,10 +328,9 @@ class EditService:
         timings = dict.fromkeys(
             ("queue_ms", "capture_ms", "solve_ms", "commit_ms", "pause_ms"), 0.0
         )
-        version, before = record["version"], request["before"]
-        why = self._why_other
+        version, before, why = record["version"], request["before"], self._why_other
         answer = answer_of(version, asked, outcomes, before, after, timings, why)
-        return answer | {"again": True}
+        return answer | {"again": True, "protected": record["guards"].get("protected", 1.0)}
 
 
 def why_no_edits(parallel: Any) -> str:

@@ -30,6 +30,9 @@ from ultraedit_kernels.model.parallel import ranks_of
 PRIVATE = "record"
 """What the work yields when the rest of it uses nothing that is served, see `Editor.steps`: that
 goes on beside the engine."""
+APART = "apart"
+"""What the work yields when all up to where it yields next uses nothing that is served and no other
+rank: that goes on beside the engine, and slices after it."""
 IDLE_SLICE = 20.0
 """Milliseconds of a slice in an idle engine: so long may a request wait that comes meanwhile."""
 SYNCHRONISE = 8
@@ -114,11 +117,14 @@ class Slices:
     collectives of its own.
 
     Args:
-        work: the work. What it yields is ignored, but for `PRIVATE`.
+        work: the work. What it yields is ignored, but for `PRIVATE` and `APART`.
         model: the model that it runs.
+        name: of its thread. On a GPU, work of one name shares a queue.
     """
 
-    def __init__(self, work: Generator[str, None, Any], model: nn.Module) -> None:
+    def __init__(
+        self, work: Generator[str, None, Any], model: nn.Module, name: str = "ultraedit-turn"
+    ) -> None:
         self._work, self._model, self._ranks = work, model, ranks_of(model)
         self._device = next(model.parameters()).device
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
@@ -127,13 +133,18 @@ class Slices:
         self._closing = False
         self.private = False
         """Whether the rest goes on beside the engine, without slices."""
+        self._apart = False
+        """Whether a piece of it does, or has and no slice followed yet."""
+        self._between = threading.Event()
+        """Set when no such piece is under way."""
+        self._between.set()
         self._done = False
         self._error: BaseException | None = None
         self.result: Any = None
         """What the work returned, once it is done."""
         self.longest = 0.0
         """Milliseconds of the longest slice so far."""
-        self._thread = threading.Thread(target=self._run, name="ultraedit-turn", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def step(self, ms: float) -> bool:
@@ -141,21 +152,24 @@ class Slices:
 
         Raises: what the work raised, every time.
         """
-        if not self.private and not self._done:
+        if self._apart:
+            over = self._between.is_set()
+            self._apart = not (over if self._ranks is None else self._ranks.all(over))
+        if not (self.private or self._apart or self._done):
             start = time.perf_counter()
             self._deadline = start + ms / 1e3
             self._go.release()
             self._back.acquire()
             self._deadline = math.inf  # other calls of the ranks are not to stop
             self.longest = max(self.longest, (time.perf_counter() - start) * 1e3)
-        if self._done and self._error is not None:
+        if self.ended and self._error is not None:
             raise self._error
-        return self._done
+        return self.ended
 
     @property
     def ended(self) -> bool:
-        """Whether the work is done or has failed."""
-        return self._done
+        """Whether the work is done or has failed; on all ranks, if it was done apart."""
+        return self._done and not self._apart
 
     def fail(self, error: Exception) -> None:
         """The work has failed elsewhere: `step` raises that, unless it has failed here too."""
@@ -174,9 +188,12 @@ class Slices:
             with self._stopping():
                 self._stop_if_due()
                 while True:
-                    if next(self._work) == PRIVATE and self._ranks is None:
+                    phase = next(self._work)
+                    if phase == PRIVATE and self._ranks is None:
                         self.private = True
                         self._back.release()
+                    elif phase == APART:
+                        self._go_apart()
                     self._stop_if_due()
         except StopIteration as stop:
             self.result = stop.value
@@ -185,7 +202,17 @@ class Slices:
         finally:
             self._work.close()
             self._done = True
+            self._between.set()
             self._back.release()
+
+    def _go_apart(self) -> None:
+        """Do the next piece beside the engine."""
+        self._apart, self._deadline = True, math.inf
+        self._between.clear()
+        self._back.release()
+        next(self._work)
+        self._between.set()
+        self._wait()
 
     @contextlib.contextmanager
     def _stopping(self) -> Iterator[None]:
@@ -197,7 +224,8 @@ class Slices:
                     os.sched_setaffinity(0, range(os.cpu_count() or 1))
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
-                stack.enter_context(torch.cuda.stream(_stream(self._device)))
+                stream = _stream(self._device, self._thread.name)
+                stack.enter_context(torch.cuda.stream(stream))
             if self._ranks is not None:
                 self._ranks.wants_pause, self._ranks.pause = self._is_over, self._stop
                 stack.callback(_let_go, self._ranks)
@@ -263,7 +291,7 @@ def _let_go(ranks: Any) -> None:
 
 
 @functools.cache
-def _stream(device: torch.device) -> Any:
-    """One stream for all turns: memory is kept by stream. Another than the engine's, so that the
-    engine does not queue behind a private rest."""
+def _stream(device: torch.device, name: str) -> Any:
+    """One stream for all work of a name: memory is kept by stream. Another than the engine's, so
+    that the engine does not queue behind what goes on beside it."""
     return torch.cuda.Stream(device)

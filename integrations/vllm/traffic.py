@@ -8,15 +8,21 @@ there a fact is answered, which may be the one to edit next.
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ultraedit_kernels.editor import Editor
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence
+
+logger = logging.getLogger("vllm.ultraedit")
 
 ROWS_PER_PROMPT = 4
 PROMPT_TOKENS = 64
@@ -46,6 +52,29 @@ class Traffic:
         """Module → keys [≤ limit, d_in] on the CPU; empty as long as there are none."""
         names = self._rows[0] if self._rows else ()
         return {name: torch.cat([r[name] for r in self._rows])[: self._limit] for name in names}
+
+    def sampled(
+        self,
+        editor: Editor,
+        prompts: Seq[list[int]],
+        together: Callable[[], AbstractContextManager[None]],
+    ) -> Traffic | None:
+        """Itself, after offering prompts to it. If that fails None, and no more are taken; they are
+        served anyhow.
+
+        Args:
+            editor: with the weights that are served.
+            prompts: as token ids.
+            together: ranks fail together in it.
+        """
+        try:
+            with torch.inference_mode(False), together():
+                for prompt in prompts:
+                    self.offer(editor.model, editor.modules, prompt)
+        except Exception:
+            logger.exception("UltraEdit: no more keys of live traffic are taken")
+            return None
+        return self
 
     def offer(self, model: Any, modules: Seq[str], prompt: Seq[int]) -> bool:
         """Take the keys of a prompt's tokens if the draw is its; whether it was."""

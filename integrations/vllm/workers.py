@@ -145,6 +145,8 @@ class Result(TypedDict):
     """Of each edit, whether it succeeded and in how many rounds."""
     timings: dict[str, float]
     rejected: str | None
+    protected: float
+    """Share of the model's own texts that it could hold still; below 1 while they are gathered."""
     digest: NotRequired[str]
     """SHA-256 of the new weights; of a dry run there are none."""
     delta: NotRequired[bytes]
@@ -193,6 +195,19 @@ class Status(Answer):
     traffic_keys: int
     foreign: bool
     """Whether others than the version's weights were found; with the digest they are looked for."""
+    gathered: float
+    """Share of the model's own texts that are written."""
+
+
+class Gathered(Answer):
+    """Of `gather`."""
+
+    gathered: float
+    """Share of the model's own texts that are written."""
+    done: bool
+    """All is gathered, or it has failed."""
+    again: bool
+    """The engine is idle: ask again at once."""
 
 
 class ProbeData(TypedDict):
@@ -327,6 +342,10 @@ class Workers:
     async def status(self, digest: bool = False) -> list[Status]:
         """What all ranks serve, with the digest of the weights if asked for."""
         return await self._ask_all("status", digest)
+
+    async def gather(self, server: str) -> Gathered:
+        """A slice of gathering, if the engine is idle; servers that ask name themselves."""
+        return await self._ask("gather", server)
 
     async def _ask(self, method: str, *args: Any, refusal: int = 500) -> Any:
         return (await self._ask_all(method, *args, refusal=refusal))[0]

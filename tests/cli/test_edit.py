@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -270,7 +274,29 @@ def test_nothing_is_written_if_no_edit_passes_and_the_first_is_named(
     options = ["--turn-size", 2, "--anchors", 0, "--lr", 1e9]
     assert run("edit", MODEL, file, "-o", tmp_path / "out", *options) == 1
     assert f"error: record 0 of {file}: no edit passes the guards: " in capsys.readouterr().err
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interruption_leaves_nothing_behind(edits: Path, tmp_path: Path, there: bool) -> None:
+    """By Ctrl-C, while it gathers what edits must leave alone."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    if there:
+        out.mkdir()
+    command = [sys.executable, "-m", "ultraedit_kernels.cli", "edit", MODEL, edits, "-o", out]
+    environment = os.environ | {"ULTRAEDIT_CACHE": str(cache), "FORCE_COLOR": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        shown = b""
+        while b"gathering what edits must leave alone" not in shown:
+            part = process.stderr.read1(1000)
+            assert part, shown
+            shown += part
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode not in (0, None) and b"Traceback" not in rest
+    assert (list(out.iterdir()) == []) if there else not out.exists()
+    assert not cache.exists() or not list(cache.iterdir())
 
 
 def test_records_left_out_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

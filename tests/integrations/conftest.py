@@ -118,9 +118,9 @@ def _start(
 
 
 @contextmanager
-def _running(directory: Path, *options: str, **how: Any) -> Iterator[Server]:
-    """A server of the bundled model whose log and journal are kept in the directory. It starts
-    sooner with few anchors."""
+def _running(directory: Path, *options: str, gathered: bool = True, **how: Any) -> Iterator[Server]:
+    """A server of the bundled model whose log and journal are kept in the directory; when it has
+    gathered what protects the model, unless that is not waited for."""
     pytest.importorskip("vllm")
     state_dir, log = directory / "state", directory / "server.log"
     with socket.socket() as free:
@@ -132,6 +132,8 @@ def _running(directory: Path, *options: str, **how: Any) -> Iterator[Server]:
     try:
         with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
             _wait(client, process, log)
+            while gathered and client.get("/v1/edits/health").json().get("gathered", 1) < 1:
+                time.sleep(0.1)
             yield Server(client, url, state_dir, log, process)
     finally:
         process.send_signal(signal.SIGTERM)

@@ -93,19 +93,17 @@ def test_with_no_texts_nothing_is_held():
     one, kept = memory(), turn()
     with pytest.raises(ValueError, match="anchors are not there yet"):
         _ = one.anchors
-    one.write_texts(None, None, {})
     one.recall(Journal(), 0)
     one.take(kept, one.after(kept))
     assert len(one.anchors.watch) == 0
     assert same_statistics(one.statistics, kept.statistics)
     one.back_to(one.first_statistics)
-    assert not one.recalled and one.has_texts
+    assert not one.recalled and one.protected == 1
     assert all(float(s.count) == 0 for s in one.statistics.values())
 
 
 def test_a_stream_file_goes_on(tmp_path):
     one, kept = memory(), turn()
-    one.write_texts(None, None, {})
     one.recall(Journal(), 0)
     one.take(kept, one.anchors)
     one.save(tmp_path / "stream.safetensors")

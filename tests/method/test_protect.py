@@ -12,9 +12,9 @@ from ultraedit_kernels.method.protect import (
     HELD_WEIGHT,
     SURE,
     Anchors,
+    OwnAnchors,
     document_start,
     hold_edits,
-    own_anchors,
     own_answers,
     own_texts,
 )
@@ -25,10 +25,14 @@ from ultraedit_kernels.model.encoding import Sequence
 MODULES = [f"model.layers.{i}.mlp.down_proj" for i in (2, 3)]
 
 
+def written(*args, **options) -> list[Sequence]:
+    return [text for _, texts in own_texts(*args, **options) for text in texts]
+
+
 def test_own_texts_are_the_models_own_and_repeatable(model, tokenizer):
     state = torch.random.get_rng_state()
-    first, again = (own_texts(model, tokenizer, 20, seed=3) for _ in range(2))
-    assert first == again != own_texts(model, tokenizer, 20, seed=4)
+    first, again = (written(model, tokenizer, 20, seed=3) for _ in range(2))
+    assert first == again != written(model, tokenizer, 20, seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len({tuple(text.target_ids) for text in first}) > 10
     assert all(text.prompt_ids == [tokenizer.bos_token_id] for text in first)
@@ -43,7 +47,7 @@ def test_a_document_starts_where_the_model_begins_one(model, tokenizer):
     tokenizer.bos_token = None
     assert tokenizer.bos_token_id is None
     assert document_start(model, tokenizer) == 0  # the configuration knows it
-    texts = own_texts(model, tokenizer, 20, seed=3)
+    texts = written(model, tokenizer, 20, seed=3)
     assert len({tuple(text.target_ids) for text in texts}) > 10
 
     model.config.bos_token_id = model.generation_config.bos_token_id = None
@@ -57,12 +61,12 @@ def test_a_document_starts_where_the_model_begins_one(model, tokenizer):
 
 
 def test_few_distinct_texts_are_warned_of(model, tokenizer, caplog):
-    own_texts(model, tokenizer, 20, seed=3)
+    written(model, tokenizer, 20, seed=3)
     assert not caplog.records
     model.lm_head.weight.data.zero_()
     hidden = model.model(torch.tensor([[0]])).last_hidden_state[0, 0].detach()
     model.lm_head.weight.data[1] = 100 * hidden / hidden.norm()  # it ends at once
-    own_texts(model, tokenizer, 20, seed=3)
+    written(model, tokenizer, 20, seed=3)
     assert "only 1 of 20 texts" in caplog.text
 
 
@@ -74,8 +78,10 @@ def test_own_answers_are_what_the_model_says(model, tokenizer):
 
 def test_own_anchors_watch_what_the_model_is_sure_of(model, tokenizer):
     weights = {name: model.get_submodule(name).weight.data for name in MODULES}
-    texts = own_texts(model, tokenizer, 40, seed=0)
-    anchors = own_anchors(model, texts, weights, ridge=1.0, limit=64)
+    texts = written(model, tokenizer, 40, seed=0)
+    own = OwnAnchors(weights, ridge=1.0, limit=64)
+    own.add(model, texts)
+    anchors = own.anchors()
     assert {n: len(b) for n, b in anchors.keys.items()} == dict.fromkeys(MODULES, 64)
     assert {n: len(b) for n, b in anchors.outputs.items()} == dict.fromkeys(MODULES, 64)
     watch = anchors.watch

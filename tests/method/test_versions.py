@@ -19,7 +19,6 @@ def versions(directory=None, keep=100) -> tuple[dict[str, torch.Tensor], Version
     memory = Memory(weights, "per-module", texts=0, rows=8, ridge=1.0, seed=0)
     made = Versions(nn.Module(), weights, memory, directory, keep, writes=True)
     made.rollback(made.newest)
-    memory.write_texts(None, None, {})
     made.recall()
     return weights, made
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from ultraedit_kernels.model.capture import Captured, capture
 from ultraedit_kernels.model.encoding import Sequence
-from ultraedit_kernels.model.generation import generate
+from ultraedit_kernels.model.generation import generate, sample
 from ultraedit_kernels.model.parallel import (
     RankError,
     Ranks,
@@ -151,11 +151,12 @@ def family(config: Any, ranks: Ranks) -> dict[str, Any]:
             found[f"alone {m}"] = distance(one, other)
     found |= distances(got, wanted)
     prompts = [s.prompt_ids for s in sequences()]
-    for what, seed in (("greedy", None), ("sampled", 3)):
-        texts = [
-            generate(m, Tokenizer(), prompts, max_new_tokens=6, seed=seed) for m in (own, model)
-        ]
-        found[what] = texts[0] == texts[1]
+    greedy = [generate(m, Tokenizer(), prompts, max_new_tokens=6) for m in (own, model)]
+    sampled = [
+        list(sample(m, Tokenizer(), 5, 4, max_new_tokens=6, batch_size=4, seed=3))
+        for m in (own, model)
+    ]
+    found |= {"greedy": greedy[0] == greedy[1], "sampled": sampled[0] == sampled[1]}
     return found
 
 

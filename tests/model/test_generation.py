@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ultraedit_kernels.model.encoding import encode_prompt
-from ultraedit_kernels.model.generation import Penalties, generate, text_after
+from ultraedit_kernels.model.generation import Penalties, generate, sample, text_after
 
 PROMPTS = ["The capital of Japan is", "The capital of", "What is the capital of France?"]
 
@@ -29,16 +29,59 @@ def test_greedy_is_the_most_likely_token_one_by_one(
         assert new == expected
 
 
-def test_a_seed_decides_a_sample_and_leaves_the_random_state(
-    model: Any, tokenizer: Any, ids: list[list[int]]
-) -> None:
+def samples(model: Any, tokenizer: Any, count: int = 6, batch: int = 4, seed: int = 1) -> Any:
+    return list(
+        sample(
+            model,
+            tokenizer,
+            tokenizer.bos_token_id,
+            count,
+            max_new_tokens=12,
+            batch_size=batch,
+            seed=seed,
+        )
+    )
+
+
+def test_a_seed_decides_a_sample_and_nobody_elses_numbers(model: Any, tokenizer: Any) -> None:
     state = torch.random.get_rng_state()
-    shipped = model.generation_config
     model.train()
-    samples = [generate(model, tokenizer, ids, max_new_tokens=12, seed=s) for s in (1, 1, 2)]
-    assert samples[0] == samples[1] != samples[2]
+    first, again, other = (samples(model, tokenizer, seed=s) for s in (1, 1, 2))
+    assert first == again != other
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert model.training and model.generation_config is shipped
+    assert model.training
+
+
+def test_a_sample_comes_batch_by_batch_and_says_how_far_it_is(model: Any, tokenizer: Any) -> None:
+    told = samples(model, tokenizer)
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares) and 0 < shares[0] < 0.1 and shares[-1] == 1
+    batches = [texts for _, texts in told if texts]
+    assert [len(texts) for texts in batches] == [4, 2]
+    for text in (text for texts in batches for text in texts):
+        assert 0 < len(text) <= 12
+        assert tokenizer.eos_token_id not in text[:-1]
+        assert len(text) == 12 or text[-1] == tokenizer.eos_token_id
+
+
+def test_a_sample_follows_the_models_distribution(model: Any, tokenizer: Any) -> None:
+    """Its first tokens; the chance of each is the model's."""
+    first = torch.tensor([[tokenizer.bos_token_id]])
+    chances = model(first).logits[0, -1].softmax(-1)
+    count = 4000
+    told = sample(
+        model,
+        tokenizer,
+        tokenizer.bos_token_id,
+        count,
+        max_new_tokens=1,
+        batch_size=count,
+        seed=5,
+    )
+    (texts,) = [texts for _, texts in told]
+    counts = torch.bincount(torch.tensor(texts)[:, 0], minlength=len(chances))
+    error = (chances * (1 - chances) / count).sqrt() * 5 + 1 / count
+    assert ((counts / count - chances).abs() < error).all()
 
 
 def test_the_settings_come_back_after_a_failure(

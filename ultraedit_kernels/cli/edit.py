@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,13 +73,12 @@ def edit(
                 "one of them; write the delta elsewhere"
             )
     job = load(model, edits, limit, strict, dtype, device, settings)
-    out.mkdir(parents=True, exist_ok=True)
-
-    made = make(job, turn_size)
-    with ERR.status(f"writing {out}"):
-        save_checkpoint(job.model, job.tokenizer, job.editor, out)
-        if delta is not None:
-            _joined_delta(job.editor).save(delta)
+    with _whole_or_nothing(out):
+        made = make(job, turn_size)
+        with ERR.status(f"writing {out}"):
+            save_checkpoint(job.model, job.tokenizer, job.editor, out)
+            if delta is not None:
+                _save_delta(job.editor, delta)
 
     print_verdict(job, made)
     OUT.print(f"checkpoint: {out}", soft_wrap=True)
@@ -84,7 +86,28 @@ def edit(
         OUT.print(f"delta:      {delta}", soft_wrap=True)
 
 
-def _joined_delta(editor: Editor) -> Any:
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[None]:
+    """A directory for the block to write to. Nothing of it is left if that fails or is
+    interrupted."""
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        if not new:
+            out.mkdir()
+        raise
+
+
+def _save_delta(editor: Editor, file: Path) -> None:
+    """Write the change of all turns."""
     from ultraedit_kernels.store.delta import EditDelta
 
-    return EditDelta.join([editor.delta(v) for v in range(1, editor.version + 1)])
+    joined = EditDelta.join([editor.delta(v) for v in range(1, editor.version + 1)])
+    try:
+        joined.save(file)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise

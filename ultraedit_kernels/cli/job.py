@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ultraedit_kernels.cli.show import ERR, progress
+from ultraedit_kernels.cli.show import ERR, progress, show_task
 
 if TYPE_CHECKING:
     import torch
@@ -214,8 +214,9 @@ def make(job: Job, turn_size: int | None) -> Made:
     outcomes: list[EditOutcome] = []
     turn_of: list[int] = []
     begun = time.perf_counter()
-    with ERR.status("sampling anchors"):
-        job.editor.prepare()
+    with progress() as bar:
+        shown = show_task(bar, "gathering what edits must leave alone, %")
+        job.editor.prepare(lambda share: shown(int(100 * share), 100))
     with progress() as bar:
         task = bar.add_task("editing", total=len(job.requests))
         for number, part in enumerate(parts, start=1):

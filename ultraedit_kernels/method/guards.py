@@ -222,6 +222,24 @@ class Guards:
             if canary.max_kl is not None:
                 canary.reference = _next_token(self._model, self._tokenizer, canary.prompt)
 
+    def lost_before(
+        self, last: Mapping[str, float] | None, texts: Seq[Sequence], protected: float, size: int
+    ) -> Generator[Phase, None, float]:
+        """Share of texts that the model, as it is before a turn, goes on with otherwise.
+
+        Args:
+            last: what `measure` returned of the turn before, with the share "protected" of the
+                texts that were gathered if it was not all; None of no turn.
+            texts: see `measure`.
+            protected: share of the texts that is gathered now: others were measured if it changed.
+            size: texts that are run through the model at a time.
+        """
+        if last is None:
+            return 0.0
+        if last.get("protected", 1.0) == protected:
+            return last["lost"]
+        return (yield from share_lost(self._model, texts, list(self._weights), size))
+
     def measure(
         self,
         start: Mapping[str, Tensor],

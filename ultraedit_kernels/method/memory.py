@@ -27,31 +27,23 @@ import torch
 from torch import Tensor
 
 from ultraedit_kernels.method.change import Turn
+from ultraedit_kernels.method.gather import Gathering, anchors_of, parts_of
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import (
-    FEWER,
     HELD_WEIGHT,
-    KEPT_TEXTS,
-    LONG_TEXT,
-    OWN_TOKENS,
     OWN_WEIGHT,
     SAMPLE_TOKENS,
     Anchors,
     captures,
-    hold_edits,
-    own_anchors,
     own_answers,
-    own_keys,
-    own_texts,
 )
 from ultraedit_kernels.method.repair import Watch
 from ultraedit_kernels.model import encoding
 from ultraedit_kernels.model.encoding import Sequence
-from ultraedit_kernels.model.parallel import agree, fingerprint
+from ultraedit_kernels.model.parallel import agree
 from ultraedit_kernels.model.request import EditRequest
 from ultraedit_kernels.ops import checks
 from ultraedit_kernels.ops.statistics import Statistics, from_tensors, to_tensors
-from ultraedit_kernels.store import cache
 from ultraedit_kernels.store.files import damage, part
 from ultraedit_kernels.store.journal import Entry, Journal, Snapshot
 
@@ -138,7 +130,11 @@ class Memory:
         at_names: bool = False,
     ) -> None:
         self._weights, self._texts, self._at_names = weights, texts, at_names
-        self._rows, self._ridge, self._seed = rows, ridge, seed
+        self._rows, self._ridge = rows, ridge
+        self.gathering = Gathering(weights, texts, rows, ridge, seed, at_names)
+        """What protects the untouched model, as far as it is gathered."""
+        self.protected = 0.0 if texts else 1.0
+        """Share of the model's own texts that the anchors are of."""
         self.statistics_of = {
             name: name if sharing == "per-module" else "x".join(map(str, weight.shape))
             for name, weight in weights.items()
@@ -151,9 +147,8 @@ class Memory:
         """The running statistics by name."""
         self.first_statistics = dict(self.statistics)
         """The statistics of version 0."""
-        self._edits_before: list[Sequence] = []
         self._traffic: dict[str, Tensor] = {}
-        self._at_start: Anchors | None = None
+        self._at_start = Anchors.empty(weights)
         self._anchors: Anchors | None = None
 
     @property
@@ -164,18 +159,12 @@ class Memory:
         return self._anchors
 
     @property
-    def has_texts(self) -> bool:
-        """Whether `write_texts` was called."""
-        return self._at_start is not None
-
-    @property
     def recalled(self) -> bool:
         """Whether the anchors are those of the present version."""
         return self._anchors is not None
 
     def own_texts(self, count: int) -> list[Sequence]:
         """The first texts, at most `count`, that the untouched model wrote."""
-        assert self._at_start is not None
         watch = self._at_start.watch
         return watch.sequences[: min(watch.own, count)]
 
@@ -186,7 +175,7 @@ class Memory:
             FileNotFoundError: no such file.
             ValueError: damaged, or of other modules.
         """
-        loaded, self._edits_before = load_stream(path)
+        loaded, self.gathering.edits_before = load_stream(path)
         try:
             checks.tensor_names(loaded, self.statistics, f"statistics of {path}")
             for name, stats in loaded.items():
@@ -206,51 +195,17 @@ class Memory:
         self.statistics = {name: stats.to(device) for name, stats in loaded.items()}
         self.first_statistics = dict(self.statistics)
 
-    def write_texts(self, model: Any, tokenizer: Any, base: Mapping[str, str]) -> None:
-        """Let the untouched model write texts of its own, to be protected, or find those that it
-        wrote at an earlier start; and protect the edits of the stream file.
-
-        Args:
-            model: with its untouched weights.
-            tokenizer: its tokenizer.
-            base: module → digest of its untouched weight.
-        """
-        if not self._texts:
-            self._at_start = Anchors.empty(self._weights)
-            return
-        depends_on = self._depends_on(model, tokenizer)
-        found = cache.load(depends_on, base)
-        if agree(self._weights, found is not None) and found is not None:
-            anchors = _anchors_of(found[0]).like(self._weights)
-        else:
-            anchors = self._gather(model, tokenizer)
-            cache.save(depends_on, base, *_encode({}, _parts(anchors)))
-        self._at_start = hold_edits(
-            anchors, model, self._edits_before, list(self._weights), self._ridge, self._rows
-        )
-
-    def _gather(self, model: Any, tokenizer: Any) -> Anchors:
-        """Anchors from texts that the untouched model writes."""
-        gather, count, tokens = own_anchors, self._texts, SAMPLE_TOKENS
-        if self._at_names:
-            gather, count, tokens = own_keys, -(-count // FEWER), LONG_TEXT
-        texts = own_texts(model, tokenizer, count, self._seed, tokens)
-        return gather(model, texts, self._weights, self._ridge, self._rows)
-
-    def _depends_on(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        """All that the texts of the model's own depend on, besides the edited weights."""
-        return {
-            "format": 2,
-            "texts": [self._texts, SAMPLE_TOKENS, LONG_TEXT, KEPT_TEXTS, self._seed],
-            "first": tokenizer.bos_token_id,
-            "shield": [self._rows, self._ridge, OWN_WEIGHT, OWN_TOKENS, self._at_names],
-            "model": fingerprint(model),
-        }
+    def take_found(self) -> None:
+        """Take what protects the untouched model as far as it is gathered, on all ranks the same.
+        The anchors are then to be recalled."""
+        while self.protected < 1 and agree(self._weights, bool(self.gathering.found)):
+            found = self.gathering.found.pop(0)
+            self._at_start, self.protected = found.anchors.like(self._weights), found.share
+            self._anchors = None
 
     def recall(self, journal: Journal, version: int) -> None:
         """Make the anchors those of a version, from the last snapshot and the turns after it."""
         anchors = self._at_start
-        assert anchors is not None
         if self._texts:
             first = journal.start(version)
             if first:
@@ -335,7 +290,7 @@ class Memory:
 
     def snapshot(self, weights: dict[str, Tensor]) -> Snapshot:
         """All of it with the weights, module → W [d_out, d_in]."""
-        return Snapshot(weights, *_encode(self.statistics, _parts(self.anchors)))
+        return Snapshot(weights, *_encode(self.statistics, parts_of(self.anchors)))
 
     def save(self, path: str | Path) -> None:
         """Write a stream file: the statistics, and the edits that hold."""
@@ -372,22 +327,7 @@ def decode_statistics(kept: Entry | Snapshot) -> dict[str, Statistics]:
 
 def _decode_anchors(snapshot: Snapshot) -> Anchors:
     with damage(snapshot.source):
-        return _anchors_of(snapshot.tensors)
-
-
-def _anchors_of(tensors: Mapping[str, Tensor]) -> Anchors:
-    """The inverse of `_parts`."""
-    keys, outputs = (part(tensors, f"shield.{name}.") for name in ("keys", "outputs"))
-    return Anchors(keys, outputs, Watch.from_tensors(part(tensors, "watch.")))
-
-
-def _parts(anchors: Anchors) -> dict[str, Mapping[str, Tensor]]:
-    """Anchors as tensors by part and name."""
-    return {
-        "shield.keys": anchors.keys,
-        "shield.outputs": anchors.outputs,
-        "watch": anchors.watch.tensors(),
-    }
+        return anchors_of(snapshot.tensors)
 
 
 def _encode(

@@ -18,5 +18,7 @@ class Phase(StrEnum):
     """Measuring the finished change."""
     RECORD = "record"
     """From here on the work uses nothing of the model but the edited weights."""
+    APART = "apart"
+    """Up to the next one the work uses nothing of the model, and no other rank of it."""
     ANSWERS = "answers"
     """Asking the model for what it says before and after."""

@@ -21,13 +21,15 @@ from ultraedit_kernels.method.repair import ROWS, SURE, Watch, lead_slopes
 from ultraedit_kernels.method.shield import extend_shield, sketch
 from ultraedit_kernels.model.capture import Captured, capture, second_moments
 from ultraedit_kernels.model.encoding import Sequence, encode_prompt
-from ultraedit_kernels.model.generation import generate, logits_from
+from ultraedit_kernels.model.generation import generate, logits_from, sample
 from ultraedit_kernels.model.request import Prompt
 
 ANSWER_TOKENS = 16
 """Tokens of the model's own answer that a locality prompt protects."""
 SAMPLE_TOKENS = 32
 SAMPLE_BATCH = 100
+LONG_BATCH = 32
+"""Texts of `LONG_TEXT` tokens that are written at a time: a few batches of them protect already."""
 CAPTURE_LOGITS = 2**26
 """Logits that a capture of own texts may hold at a time, 256 MiB in float32."""
 OUT_OF_REACH = 20.0
@@ -104,9 +106,7 @@ class Anchors:
         return replace(self, keys={**self.keys, **extended})
 
 
-def own_keys(
-    model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
-) -> Anchors:
+class OwnKeys:
     """Anchors for edits at names, from texts that the model wrote: their keys at all tokens, and
     how much of what the model says depends on each output.
 
@@ -116,39 +116,63 @@ def own_keys(
     What early layers say at a token reaches the leads of others in ways that no first-order
     change shows: the texts are not watched, but kept for the guards.
 
-    Args: as of `own_anchors`.
+    Args: as of `OwnAnchors`.
     """
-    moments = {
-        name: w.new_zeros(w.shape[1], w.shape[1], dtype=torch.float64)
-        for name, w in weights.items()
-    }
-    for found in second_moments(model, texts, list(weights), SAMPLE_BATCH):
-        for name, moment in moments.items():
-            moment += found[name]
-    sure: list[Sequence] = []
-    short = [replace(text, target_ids=text.target_ids[:SAMPLE_TOKENS]) for text in texts]
-    for part, captured in captures(model, short[:KEPT_TEXTS], list(weights), backward=False):
-        sure += [run.sequence for _, run in _sure_runs(part, captured)]
-    anchors = Anchors.empty(weights)
-    weight = OWN_TOKENS / max(1, sum(len(text.target_ids) for text in texts))
-    for name, moment in moments.items():
-        anchors.keys[name] = moment_shield(moment * weight, ridge, limit)
-    fisher = output_moments(model, texts[:SLOPE_TEXTS], weights)
-    mean = sum(float(f.diagonal().mean()) for f in fisher.values()) / len(fisher)
-    for name, moment in fisher.items():
-        if mean > 0:
-            anchors.outputs[name] = moment_shield(moment, NAMES_OUTPUT_RIDGE * mean, limit)
-    watch = replace(anchors.watch, sequences=sure, own=len(sure))
-    return replace(anchors, watch=watch)
+
+    def __init__(self, weights: Mapping[str, Tensor], ridge: float, limit: int) -> None:
+        self._weights, self._ridge, self._limit = weights, ridge, limit
+        self._moments, self._fisher = (
+            {
+                n: w.new_zeros(w.shape[i], w.shape[i], dtype=torch.float64)
+                for n, w in weights.items()
+            }
+            for i in (1, 0)
+        )
+        self._texts = self._tokens = 0
+        self._sure: list[Sequence] = []
+
+    def add(self, model: Any, texts: Seq[Sequence]) -> None:
+        """Run further texts through the model."""
+        names = list(self._weights)
+        for found in second_moments(model, texts, names, SAMPLE_BATCH):
+            for name, moment in self._moments.items():
+                moment += found[name]
+        read = texts[: max(0, SLOPE_TEXTS - self._texts)]
+        for name, moment in output_moments(model, read, self._weights).items():
+            self._fisher[name] += moment
+        kept = texts[: max(0, KEPT_TEXTS - self._texts)]
+        short = [replace(text, target_ids=text.target_ids[:SAMPLE_TOKENS]) for text in kept]
+        for part, captured in captures(model, short, names, backward=False):
+            self._sure += [run.sequence for _, run in _sure_runs(part, captured)]
+        self._texts += len(texts)
+        self._tokens += sum(len(text.target_ids) for text in texts)
+
+    def anchors(self) -> Anchors:
+        """The anchors of the texts so far; uses nothing of the model."""
+        anchors = Anchors.empty(self._weights)
+        weight = OWN_TOKENS / max(1, self._tokens)
+        for name, moment in self._moments.items():
+            anchors.keys[name] = moment_shield(moment * weight, self._ridge, self._limit)
+        mean = sum(float(f.diagonal().mean()) for f in self._fisher.values()) / len(self._fisher)
+        for name, fisher in self._fisher.items():
+            if mean > 0:
+                ridge = NAMES_OUTPUT_RIDGE * mean
+                anchors.outputs[name] = moment_shield(fisher, ridge, self._limit)
+        sure = list(self._sure)
+        watch = replace(anchors.watch, sequences=sure, own=len(sure))
+        return replace(anchors, watch=watch)
 
 
 def output_moments(
     model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The Fisher information of the modules' outputs, module → [d_out, d_out] float64: the mean of
-    ggᵀ over tokens, g the gradient of the log-likelihood of what the model wrote after them.
+    """The Fisher information of the modules' outputs, module → [d_out, d_out] float64: Σ ggᵀ over
+    tokens, g the gradient of the log-likelihood of what the model wrote after them.
 
-    Args: as of `own_anchors`; of texts that the model sampled.
+    Args:
+        model: the model.
+        texts: that it sampled.
+        weights: module → W [d_out, d_in].
     """
     moments = {
         name: w.new_zeros(w.shape[0], w.shape[0], dtype=torch.float64)
@@ -160,11 +184,10 @@ def output_moments(
         for s in texts
         if len(s.target_ids) > 1
     ]
-    tokens = sum(len(s.target_ids) for s in later)
     for _, captured in captures(model, later, list(weights), margin=0.0):
         for name, moment in moments.items():
             slopes = captured.grads[name].float() * captured.averaged
-            moment += (slopes.T @ slopes).double() / tokens
+            moment += (slopes.T @ slopes).double()
     return moments
 
 
@@ -182,40 +205,49 @@ def moment_shield(moment: Tensor, ridge: float, limit: int) -> Tensor:
     return shield
 
 
-def own_anchors(
-    model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor], ridge: float, limit: int
-) -> Anchors:
+class OwnAnchors:
     """Anchors from texts that the model wrote; what it is sure of in them is watched.
 
     Args:
-        model: the model.
-        texts: what it wrote, see `own_texts`.
         weights: module → W [d_out, d_in].
         ridge: λ of the ridge regression.
         limit: rows that a module's shield may have.
     """
-    anchors = Anchors.empty(weights)
-    keys, slopes = (
-        {name: rows.float() for name, rows in none.items()}
-        for none in (anchors.keys, anchors.outputs)
-    )
-    watch, seen = anchors.watch, set[tuple[int, ...]]()
-    weight = min(1.0, OWN_WEIGHT / max(1, len(texts))) ** 0.5
-    for part, captured in captures(model, texts, list(weights)):
-        for name, slope in lead_slopes(captured).items():
-            key = captured.keys[name].float() * weight
-            keys[name] = _bounded(torch.cat([keys[name], key]), limit)
-            slopes[name] = _bounded(torch.cat([slopes[name], slope.float()]), limit)
-        runs = {i: run for i, run in _sure_runs(part, captured) if _ids(run.sequence) not in seen}
-        seen |= {_ids(run.sequence) for run in runs.values()}
-        new = {i: run.sequence for i, run in runs.items()}
-        weakest = [row for run in runs.values() for row in run.weakest]
-        watch = watch.join(Watch.of(captured, new, weakest))
-    for name, rows in slopes.items():
-        ridge_out = OUTPUT_RIDGE * float(rows.square().sum()) / rows.shape[1]
-        anchors.outputs[name] = extend_shield(anchors.outputs[name], rows, ridge_out, limit)
-    watch = replace(watch, own=len(watch))
-    return replace(anchors, watch=watch).hold(keys, ridge, limit)
+
+    def __init__(self, weights: Mapping[str, Tensor], ridge: float, limit: int) -> None:
+        self._weights, self._ridge, self._limit = weights, ridge, limit
+        none = Anchors.empty(weights)
+        self._watch, self._seen = none.watch, set[tuple[int, ...]]()
+        self._keys, self._slopes = (
+            {name: rows.float() for name, rows in side.items()}
+            for side in (none.keys, none.outputs)
+        )
+        self._texts = 0
+
+    def add(self, model: Any, texts: Seq[Sequence]) -> None:
+        """Run further texts through the model."""
+        keys, slopes, limit = self._keys, self._slopes, self._limit
+        for part, captured in captures(model, texts, list(self._weights)):
+            for name, slope in lead_slopes(captured).items():
+                keys[name] = _bounded(torch.cat([keys[name], captured.keys[name].float()]), limit)
+                slopes[name] = _bounded(torch.cat([slopes[name], slope.float()]), limit)
+            runs = _sure_runs(part, captured)
+            new = {i: run for i, run in runs if _ids(run.sequence) not in self._seen}
+            self._seen |= {_ids(run.sequence) for run in new.values()}
+            weakest = [row for run in new.values() for row in run.weakest]
+            sure = {i: run.sequence for i, run in new.items()}
+            self._watch = self._watch.join(Watch.of(captured, sure, weakest))
+        self._texts += len(texts)
+
+    def anchors(self) -> Anchors:
+        """The anchors of the texts so far; uses nothing of the model."""
+        anchors = Anchors.empty(self._weights)
+        weight = min(1.0, OWN_WEIGHT / max(1, self._texts)) ** 0.5
+        for name, rows in self._slopes.items():
+            ridge = OUTPUT_RIDGE * float(rows.square().sum()) / rows.shape[1]
+            anchors.outputs[name] = extend_shield(anchors.outputs[name], rows, ridge, self._limit)
+        watch = replace(self._watch, own=len(self._watch))
+        return replace(anchors, watch=watch).hold(self._keys, self._ridge, self._limit, weight)
 
 
 def hold_edits(
@@ -260,26 +292,31 @@ def captures(
 
 
 def own_texts(
-    model: Any, tokenizer: Any, count: int, seed: int, tokens: int = SAMPLE_TOKENS
-) -> list[Sequence]:
+    model: Any,
+    tokenizer: Any,
+    count: int,
+    seed: int,
+    tokens: int = SAMPLE_TOKENS,
+    batch_size: int = SAMPLE_BATCH,
+) -> Iterator[tuple[float, list[Sequence]]]:
     """`count` texts of at most so many tokens, sampled from the model's own distribution, from the
-    start of a text. Warns if few of them are distinct: the others protect nothing more."""
-    first = document_start(model, tokenizer)
-    prompts = [[first]] * count
-    texts = generate(
-        model, tokenizer, prompts, max_new_tokens=tokens, batch_size=SAMPLE_BATCH, seed=seed
-    )
-    distinct = len(set(map(tuple, texts)))
-    if distinct < FEW * count:
+    start of a text, as `generation.sample` gives them. Warns if few of them are distinct: the
+    others protect nothing more."""
+    first, distinct = document_start(model, tokenizer), set[tuple[int, ...]]()
+    for share, texts in sample(
+        model, tokenizer, first, count, max_new_tokens=tokens, batch_size=batch_size, seed=seed
+    ):
+        distinct |= set(map(tuple, texts))
+        yield share, [Sequence([first], text) for text in texts]
+    if len(distinct) < FEW * count:
         logger.warning(
             "only %d of %d texts that the model wrote from %r on are distinct: they protect little "
             "of what it says; name prompts as locality, or set the tokenizer's bos_token to what "
             "begins a document",
-            distinct,
+            len(distinct),
             count,
             tokenizer.decode([first]),
         )
-    return [Sequence([first], text) for text in texts if text]
 
 
 def document_start(model: Any, tokenizer: Any) -> int:

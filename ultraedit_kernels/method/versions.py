@@ -103,6 +103,10 @@ class Versions:
         for name, value in values.items():
             self._weights[name].copy_(value)
 
+    def copies(self) -> dict[str, Tensor]:
+        """The weights as they are now, in memory of their own."""
+        return {name: weight.clone() for name, weight in self._weights.items()}
+
     def recall(self) -> None:
         """Let the memory recall what the turns of the newest version must leave as it is."""
         self.memory.recall(self._journal, self.newest)
@@ -121,7 +125,7 @@ class Versions:
                 f"version {version} was let go, expected 0 or {self.oldest} to {self.newest}; "
                 "the setting keep says how many are kept at least"
             )
-        start = {name: weight.clone() for name, weight in self._weights.items()}
+        start = self.copies()
         try:
             self.forget(version, self.replay(version))
         except BaseException:
@@ -202,7 +206,8 @@ class Versions:
             self._journal.append(entry)
         # The version exists now: nothing that follows may fail.
         self.memory.take(left, anchors)
-        if self._journal.snapshot_due:
+        # A snapshot's anchors replace what is gathered: it waits for all of that.
+        if self._journal.snapshot_due and self.memory.protected == 1:
             try:
                 with together(self._model):
                     self._snapshot()

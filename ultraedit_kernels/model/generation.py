@@ -52,21 +52,19 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: int = 32,
-    seed: int | None = None,
     penalties: Penalties | None = None,
 ) -> list[list[int]]:
-    """New tokens per prompt, up to and including the first end of sequence.
+    """Greedy new tokens per prompt, up to and including the first end of sequence.
 
-    Greedy; with a `seed`, sampled from the model's full distribution. Of the generation settings a
-    model ships with, only its end tokens count: penalties and temperatures would bend the choice,
-    unless `penalties` asks for those.
+    Of the generation settings a model ships with, only its end tokens count: penalties would bend
+    the choice, unless `penalties` asks for those.
     Batches go by length, so that padding is rare; answers come back in the order of the prompts.
     """
     ends = _end_tokens(model, tokenizer)
     device = model.get_input_embeddings().weight.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
-    with _plain_settings(model, ends, max_new_tokens, seed):
+    with _plain_settings(model, ends, max_new_tokens):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             width = max(len(prompts[i]) for i in part)
@@ -83,6 +81,53 @@ def generate(
             for row, i in enumerate(part):
                 answers[i] = _until_end(out[row, width:].tolist(), ends)
     return answers
+
+
+def sample(
+    model: Any,
+    tokenizer: Any,
+    first: int,
+    count: int,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[float, list[list[int]]]]:
+    """Texts after one token, sampled from the model's full distribution: after each token, how
+    much of the work is done, from 0 to 1, and the texts of a batch that is finished, if it is: its
+    tokens up to and including the first end of sequence.
+
+    The random numbers are its own: whoever else draws some meanwhile, as an engine does, neither
+    changes these nor sees its own changed.
+    """
+    ends = _end_tokens(model, tokenizer)
+    for start in range(0, count, batch_size):
+        size = min(batch_size, count - start)
+        texts: list[list[int]] = [[] for _ in range(size)]
+        for i, ids in enumerate(_sampled(model, [first] * size, seed + start)):
+            for text, token in zip(texts, ids, strict=True):
+                if not text or text[-1] not in ends:
+                    text.append(token)
+            if i + 1 == max_new_tokens or all(text[-1] in ends for text in texts):
+                break
+            yield (start + size * (i + 1) / max_new_tokens) / count, []
+        yield (start + size) / count, texts
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _sampled(model: Any, ids: list[int], seed: int) -> Iterator[list[int]]:
+    """Token by token what follows one token each, without end."""
+    device = model.get_input_embeddings().weight.device
+    numbers = torch.Generator(device).manual_seed(seed)
+    last, past = torch.tensor(ids, device=device)[:, None], None
+    while True:
+        with evaluation_mode(model):
+            out = model(input_ids=last, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        chances = out.logits[:, -1].float().softmax(-1)
+        last = torch.multinomial(chances, 1, generator=numbers)
+        yield last[:, 0].tolist()
 
 
 @torch.inference_mode(False)
@@ -130,29 +175,22 @@ def _processors(penalties: Penalties | None, mask: Tensor) -> Any:
 
 
 @contextmanager
-def _plain_settings(
-    model: Any, ends: list[int], max_new_tokens: int, seed: int | None
-) -> Iterator[None]:
-    """Plain decoding in evaluation mode, random numbers from `seed`; all restored at the end.
+def _plain_settings(model: Any, ends: list[int], max_new_tokens: int) -> Iterator[None]:
+    """Plain greedy decoding in evaluation mode; all restored at the end.
 
     The model's own settings are put away, as transformers fills every unset field from them.
     """
     from transformers import GenerationConfig
 
     shipped = model.generation_config
-    device = model.get_input_embeddings().weight.device
     try:
         model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=seed is not None,
-            top_k=0 if seed is not None else None,
+            do_sample=False,
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else 0,
         )
-        devices = [device] if device.type == "cuda" else []
-        with evaluation_mode(model), torch.random.fork_rng(devices=devices):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with evaluation_mode(model):
             yield
     finally:
         model.generation_config = shipped

@@ -56,6 +56,10 @@ class Ranks:
         while self._ask(_PAUSE if self.rank == 0 and self.wants_pause() else _WELL) == _PAUSE:
             self.pause()
 
+    def all(self, so: bool) -> bool:
+        """Whether it is so on all ranks."""
+        return self._ask(_WELL if so else _PAUSE) == _WELL
+
     def _ask(self, state: int) -> int:
         """The worst state of all ranks."""
         worst = torch.tensor([state], dtype=torch.int32)

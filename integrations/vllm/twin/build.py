@@ -133,7 +133,10 @@ class Twin:
 
 
 def build_twin(
-    vllm_model: nn.Module, vllm_config: VllmConfig, modules: str | Sequence[str] = "auto"
+    vllm_model: nn.Module,
+    vllm_config: VllmConfig,
+    modules: str | Sequence[str] = "auto",
+    use: str = "turns",
 ) -> Twin:
     """Build the twin of a model that vLLM has loaded.
 
@@ -142,6 +145,8 @@ def build_twin(
             parallel size above 1, all ranks call this.
         vllm_config: the worker's configuration.
         modules: dotted names of the linear modules to edit, as Hugging Face names them, or "auto".
+        use: what for; twins for different uses may run alternately, also where each stops in the
+            middle of a pass.
 
     Raises:
         UnsupportedModelError: the weights cannot be edited in place, or do not match the Hugging
@@ -161,7 +166,7 @@ def build_twin(
         check_complete(model)
         model.eval().requires_grad_(False)
         if size > 1:
-            _divide(model, core)
+            _divide(model, core, use)
 
         layers, live = layers_by_storage(core), {}
         changed: list[nn.Module] = []
@@ -304,13 +309,13 @@ def _share_parameters(
         )
 
 
-def _divide(model: Any, core: nn.Module) -> None:
+def _divide(model: Any, core: nn.Module, use: str) -> None:
     """Have the twin of one rank's part add up and gather where vLLM's layers do."""
     from vllm.distributed import get_tp_group
     from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ranks = _ranks(embedding.weight.device.type, get_tp_group())
+    ranks = _ranks(embedding.weight.device.type, get_tp_group(), use)
     served = layers_by_storage(core)
     for module in model.modules():
         if not isinstance(module, nn.Linear) or module is head:
@@ -324,9 +329,9 @@ def _divide(model: Any, core: nn.Module) -> None:
 
 
 @functools.cache
-def _ranks(device: str, group: Any) -> Ranks:
-    """The ranks of one of vLLM's groups, with process groups of their own: what fails in these
-    leaves vLLM's as they are."""
+def _ranks(device: str, group: Any, use: str = "turns") -> Ranks:
+    """The ranks of one of vLLM's groups, for each use with process groups of their own: what fails
+    in these leaves the others as they are."""
 
     def own() -> Any:
         return dist.new_group(

@@ -31,6 +31,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from ultraedit_kernels.integrations.vllm import commit
 from ultraedit_kernels.integrations.vllm.extension import UltraEditExtension
+from ultraedit_kernels.integrations.vllm.gathering import gather
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.service import EditService
 from ultraedit_kernels.integrations.vllm.workers import Engines, Workers
@@ -104,10 +105,13 @@ async def probe(model: str, state_dir: Path) -> dict[str, Any]:
     engine = AsyncLLM.from_engine_args(arguments)
     config: dict[str, Any] = engine.vllm_config.additional_config
 
+    gathered: list[float] = []
+
     async def service(**own: Any) -> EditService:
         config["ultraedit"] = settings | own
         new = EditService(engine)
         await new.start()
+        await gather(new.engines.leader, gathered.append)
         return new
 
     out: dict[str, Any] = {}

@@ -353,6 +353,7 @@ def test_health_shows_every_rank(server: Any) -> None:
         "turn": False,
         "queue": [],
         "traffic_keys": 0,
+        "gathered": 1.0,
         "ranks": [{"engine": 0, "rank": 0, "version": 1, "digest": None}],
     }
     whole = server.client.get("/v1/edits/health", params={"digest": True}).json()
@@ -392,11 +393,13 @@ def test_health_shows_a_rank_that_has_diverged(
 ) -> None:
     from ultraedit_kernels.integrations.vllm.protocol import Health
 
+    rest = {"turn": False, "traffic_keys": 0, "gathered": 0.5}
     ranks = [
-        {"engine": 0, "rank": i, "version": v, "digest": d, "turn": False, "traffic_keys": 0}
+        {"engine": 0, "rank": i, "version": v, "digest": d, **rest}
         for i, (v, d) in enumerate(zip(versions, digests, strict=True))
     ]
-    assert Health.of(ranks, recorded).status == status
+    health = Health.of(ranks, recorded)
+    assert health.status == status and health.gathered == 0.5
 
 
 @pytest.mark.parametrize("balancer", ["external", "hybrid"])

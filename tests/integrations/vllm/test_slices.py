@@ -142,6 +142,54 @@ def test_a_private_rest_goes_on_without_slices(model: Layers) -> None:
     assert slices.result == "done"
 
 
+def test_a_piece_apart_goes_on_without_slices_and_slices_follow(model: Layers) -> None:
+    go_on, seen = threading.Event(), []
+
+    def work() -> Generator[str, None, str]:
+        yield "apart"
+        assert go_on.wait(60)
+        torch.ones(3).sum()
+        seen.append("apart")
+        yield "solve"
+        for i in range(50):
+            time.sleep(0.001)
+            seen.append(str(i))
+            yield "solve"
+        return "done"
+
+    slices = Slices(work(), model)
+    for _ in range(3):
+        start = time.perf_counter()
+        assert not slices.step(SLICE)
+        assert time.perf_counter() - start < 1 and seen == []
+    go_on.set()
+    while "apart" not in seen:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert seen == ["apart"]  # what follows waits for its slice
+    took = in_slices(slices)
+    assert len(took) > 5 and slices.result == "done" and len(seen) == 51
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_may_end_apart(model: Layers, fails: bool) -> None:
+    def work() -> Generator[str, None, str]:
+        yield "apart"
+        time.sleep(0.02)
+        if fails:
+            raise ValueError("bad text")
+        return "done"
+
+    slices = Slices(work(), model)
+    if fails:
+        with pytest.raises(ValueError, match="bad text"):
+            in_slices(slices)
+    else:
+        in_slices(slices)
+        assert slices.result == "done"
+    assert slices.ended
+
+
 def test_what_the_work_raises_is_raised_by_step_every_time(model: Layers) -> None:
     def work() -> Generator[str, None, None]:
         yield "solve"
@@ -151,6 +199,25 @@ def test_what_the_work_raises_is_raised_by_step_every_time(model: Layers) -> Non
     for _ in range(2):
         with pytest.raises(ValueError, match="bad edit"):
             in_slices(slices)
+
+
+def test_closing_waits_for_a_piece_apart(model: Layers) -> None:
+    seen = []
+
+    def work() -> Generator[str, None, None]:
+        try:
+            yield "apart"
+            time.sleep(0.02)
+            seen.append("apart")
+            yield "solve"
+            seen.append("after")
+        finally:
+            seen.append("put back")
+
+    slices = Slices(work(), model)
+    slices.step(SLICE)
+    slices.close()
+    assert seen == ["apart", "put back"]
 
 
 @pytest.mark.parametrize("where", ["start", "forward", "backward", "private", "end"])
@@ -188,35 +255,38 @@ def test_closing_ends_the_work_where_it_stands(model: Layers, where: str) -> Non
     assert not any(layer._forward_hooks for layer in model.layers)
 
 
-def test_ranks_stop_where_the_first_one_says() -> None:
-    """Two ranks, of which only the first looks at the clock."""
-    meeting, due = threading.Barrier(2), [False]
+class Meeting:
+    """What two ranks have in common."""
 
-    class Ranks(SimpleNamespace):
-        def agree(self) -> None:
-            while True:
-                if self.rank == 0:
-                    due[0] = self.wants_pause()
-                meeting.wait(30)
-                pause = due[0]
-                meeting.wait(30)
-                if not pause:
-                    break
-                self.pause()
+    def __init__(self) -> None:
+        self._barrier, self._said = threading.Barrier(2), [False, False]
 
-    steps: list[list[int]] = [[], []]
-    slices = []
+    def all(self, rank: int, so: bool) -> bool:
+        self._said[rank] = so
+        self._barrier.wait(30)
+        both = all(self._said)
+        self._barrier.wait(30)
+        return both
+
+
+class TwoRanks(SimpleNamespace):
+    """Ranks of which only the first looks at the clock."""
+
+    def agree(self) -> None:
+        while not self.meeting.all(self.rank, self.rank == 1 or not self.wants_pause()):
+            self.pause()
+
+    def all(self, so: bool) -> bool:
+        return self.meeting.all(self.rank, so)
+
+
+def in_lock_step(work: Callable[[int], Generator[str, None, None]], seen: list[list[int]]) -> int:
+    """Do the work of two ranks, slice by slice; how many it took."""
+    slices, meeting = [], Meeting()
     for rank in range(2):
         model = Layers(1)
-        model.ranks = Ranks(rank=rank)  # type: ignore[assignment]
-
-        def work(rank: int = rank) -> Generator[str, None, None]:
-            for i in range(40):
-                time.sleep(0.001 if rank == 0 else 0)
-                steps[rank].append(i)
-                yield "record" if i == 20 else "solve"
-
-        slices.append(Slices(work(), model))
+        model.ranks = TwoRanks(rank=rank, meeting=meeting)  # type: ignore[assignment]
+        slices.append(Slices(work(rank), model))
     stops, done = 0, [False, False]
     while not all(done):
 
@@ -228,10 +298,39 @@ def test_ranks_stop_where_the_first_one_says() -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-        assert steps[0] == steps[1] and done[0] == done[1]
+        assert seen[0] == seen[1] and done[0] == done[1]
         assert not slices[0].private
         stops += 1
-    assert stops > 2
+    return stops
+
+
+def test_ranks_stop_where_the_first_one_says() -> None:
+    """Two ranks, of which only the first looks at the clock."""
+    steps: list[list[int]] = [[], []]
+
+    def work(rank: int) -> Generator[str, None, None]:
+        for i in range(40):
+            time.sleep(0.001 if rank == 0 else 0)
+            steps[rank].append(i)
+            yield "record" if i == 20 else "solve"
+
+    assert in_lock_step(work, steps) > 2
+
+
+def test_ranks_go_on_together_after_a_piece_apart() -> None:
+    steps: list[list[int]] = [[], []]
+
+    def work(rank: int) -> Generator[str, None, None]:
+        for i in range(10):
+            yield "apart"
+            time.sleep(0.01 * ((i + rank) % 2))
+            yield "solve"
+            steps[rank].append(i)
+            yield "solve"
+        yield "apart"
+        time.sleep(0.02 * rank)
+
+    assert in_lock_step(work, steps) > 10
 
 
 def steps_of(

@@ -120,13 +120,20 @@ def check(server: Any, client: Client) -> None:
 
 @pytest.mark.soak
 def test_kill_9_at_random_moments(
-    running: Callable[..., Any], tmp_path: Path, soak: bool, figure: Callable[..., None]
+    running: Callable[..., Any],
+    tmp_path: Path,
+    soak: bool,
+    figure: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also while it still gathers what protects the model."""
+    monkeypatch.setenv("ULTRAEDIT_CACHE", str(tmp_path / "cache"))
     kills, moments, client = 50 if soak else 2, random.Random(0), Client()
     starts = []
     for _ in range(kills):
         begun = time.monotonic()
-        with running(tmp_path) as server:  # in bfloat16, vLLM's choice for this checkpoint
+        # In bfloat16, vLLM's choice for this checkpoint.
+        with running(tmp_path, gathered=False, anchors=1000) as server:
             starts.append(time.monotonic() - begun)
             check(server, client)
             client.send(server)
@@ -135,8 +142,9 @@ def test_kill_9_at_random_moments(
             time.sleep(moments.uniform(0.5, 6.0))
             kill(server)
             sender.join()
-    with running(tmp_path) as server:
+    with running(tmp_path, gathered=False, anchors=1000) as server:
         check(server, client)
+        assert client.acknowledged[1]["report"]["protected"] < 1  # it was taken at once
         assert client.acknowledged[1]["report"]["edits"][0]["succeeded"]
         record = server.client.get("/v1/edits/1").json()
         assert server.rollback(1)["digest"] == record["digest"]

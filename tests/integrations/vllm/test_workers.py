@@ -68,6 +68,7 @@ def calls_of(workers: Any) -> list[Any]:
         workers.delta(1),
         workers.history(20, None),
         workers.status(),
+        workers.gather("server"),
     ]
 
 
