@@ -316,9 +316,7 @@ class Editor:
 
         They are texts that the untouched model writes, and the edits of all versions that held, so
         that a resumed stream has the same ones. Canaries that do not hold now are warned about.
-
-        Args:
-            told: called with the share of the texts that is written, from 0 to 1.
+        `told` is called with the share of the texts that is written, from 0 to 1.
         """
         self.preparation.finish(told)
 

@@ -148,7 +148,7 @@ def test_edits_at_names_are_reported_as_they_are_and_go_back(tokenizer) -> None:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     editor = Editor(model, tokenizer, anchors=20, rounds=4)
-    assert editor.modules == [f"model.layers.{i}.mlp.down_proj" for i in (1, 2, 3)]
+    assert editor.modules == [f"model.layers.{i}.mlp.down_proj" for i in range(1, 6)]
     pristine = editor.digest()
     result = editor.apply([EditRequest(PROMPT, "Sydney"), EditRequest(CHAT, "Perth")])
     for edit in result.edits:
