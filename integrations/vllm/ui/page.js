@@ -252,7 +252,7 @@ async function send(body) {
   const what = body.dry_run ? "Dry run" : "Edit";
   if (!body.dry_run) keep(PENDING, JSON.stringify(body));
   tell("form-problem", null);
-  at("pending").hidden = true;
+  at("pending").hidden = at("result").hidden = true;
   at("form").setAttribute("aria-busy", "true");
   const tick = setInterval(() => {
     at("elapsed").textContent = `${what} under way, ${seconds((Date.now() - begun) / 1000)}`;
@@ -286,7 +286,7 @@ function changedTo(version) {
 function showResult(answer, dry) {
   const holds = answer.edits.filter((edit) => edit.succeeded).length;
   const count = `${holds} of ${times(answer.edits.length, "edit")} ${answer.edits.length === 1 ? "holds" : "hold"}`;
-  const text = !dry ? `Version ${answer.version} is served: ${count}.`
+  const text = !dry ? `Version ${answer.version} was made: ${count}.`
     : answer.rejected ? "Dry run: a guard would stop this turn." : `Dry run: ${count}. Nothing was changed.`;
   at("result-heading").textContent = text;
   at("result-body").replaceChildren(...result(answer));
@@ -331,8 +331,9 @@ async function rollBack() {
     changedTo(done.version);
     at("confirm").close();
     say(`Version ${done.version} is served again.`);
+    at("result").hidden = true;
     await lookSoon();
-    at("versions-heading").focus();
+    setTimeout(() => (at(`version-${version}`) ?? at("versions-heading")).focus());
   } catch (error) {
     if (error.refused) at("confirm").close();
     if (error.refused || error.status === undefined) failed(error);

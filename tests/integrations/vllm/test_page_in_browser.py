@@ -113,7 +113,7 @@ def test_a_key_that_expires_costs_nothing_that_was_typed(screen: Screen, server:
     assert screen.value("prompt") == CAPITAL["prompt"]
     screen.enter(API_KEY)
     screen.wait_for("#served", "Serving version 0")
-    do(screen, "edit", "Version 1 is served")
+    do(screen, "edit", "Version 1 was made")
     assert server.answer(CAPITAL["prompt"]) == "Sydney"
 
 
@@ -138,7 +138,7 @@ def test_a_dry_run_an_edit_and_the_way_back(screen: Screen, server: Any) -> None
     assert "Locality: 2 of 2 answers unchanged" in screen.text("#result")
     assert versions(server) == []
 
-    do(screen, "edit", "Version 1 is served: 1 of 1 edit holds.")
+    do(screen, "edit", "Version 1 was made: 1 of 1 edit holds.")
     screen.wait_for("#served", "Serving version 1")
     assert server.answer("Australia's capital city is") == "Sydney"
     screen.wait_for("#versions article", "✓ 1 of 1 edit holds")
@@ -187,7 +187,7 @@ def test_a_chat_with_rephrases_beside_a_text(screen: Screen, server: Any) -> Non
     for name in ("prompt", "target"):
         screen.type(name, CAPITAL[name], edit=1)
     assert [e.text for e in screen.all(".edit > legend")] == ["Edit 1", "Edit 2"]
-    do(screen, "edit", "Version 1 is served: 2 of 2 edits hold.")
+    do(screen, "edit", "Version 1 was made: 2 of 2 edits hold.")
     assert server.chat("Which city is Japan's capital?") == "Osaka"
     assert server.chat("Which country is Nokia from?") == "Finland"
     assert server.answer(CAPITAL["prompt"]) == "Sydney"
@@ -266,7 +266,7 @@ def test_the_page_goes_on_while_an_edit_waits(screen: Screen, server: Any) -> No
         screen.wait_for("#queue", "turn of 1 edit, waiting")
         for run in runs:
             run.result()
-    screen.wait_for("#result-heading", "Version 1 is served")
+    screen.wait_for("#result-heading", "Version 1 was made")
     screen.wait_for("#queue-text", "Nothing is under way.")
     assert screen.value("locality") == "typed meanwhile"
     assert versions(server) == [1]
@@ -335,7 +335,7 @@ def test_an_edit_whose_answer_is_lost_is_made_once(server: Any, driver: Any, rel
     driver.refresh() if reload else screen.click("#retry")
     screen.wait_for("#served", "Serving version")
     screen.click("#ask-again")
-    screen.wait_for("#result-heading", "Version 1 is served: 1 of 1 edit holds.")
+    screen.wait_for("#result-heading", "Version 1 was made: 1 of 1 edit holds.")
     assert not screen.find("#pending").is_displayed()
     assert versions(server) == [1]
     line.cut()
@@ -480,8 +480,8 @@ def test_all_is_done_with_the_keyboard(server: Any, driver: Any) -> None:
     for _ in range(4):  # rephrases, locality, another edit, dry run
         press(screen, "TAB")
     press(screen, "TAB", "ENTER")
-    screen.wait_for("#result-heading", "Version 1 is served")
-    assert screen.content("#said") == ["Version 1 is served: 1 of 1 edit holds."]
+    screen.wait_for("#result-heading", "Version 1 was made")
+    assert screen.content("#said") == ["Version 1 was made: 1 of 1 edit holds."]
     screen.wait(lambda: screen.find("#back-to-0").is_displayed())
     for _ in range(20):
         if screen.focus == "back-to-0":
