@@ -139,9 +139,12 @@ def test_a_delta_is_applied_and_a_dry_run_changes_nothing(server: Server) -> Non
     server.edit(AUSTRALIA)
     edited, delta = health(server), server.client.get("/v1/edits/1/delta").content
     server.rollback(0)
+    tried = server.client.post("/v1/edits/apply", params={"dry_run": True}, content=delta).json()
+    assert health(server) == before
     response = server.client.post("/v1/edits/apply", content=delta)
     assert response.status_code == 200, response.text
     assert health(server) == edited
+    assert [rank["digest"] for rank in edited[1]] == [tried["digest"]] * 2
     assert answers(server, AUSTRALIA["prompt"]) == ["Sydney"] * 2
 
 

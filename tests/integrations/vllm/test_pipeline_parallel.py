@@ -92,6 +92,9 @@ def test_deltas_of_another_process_are_served_and_rolled_back(
 ) -> None:
     assert digests(server) == {made["digests"][0]}
     for number, delta in enumerate(made["deltas"], start=1):
+        tried = server.client.post("/v1/edits/apply", params={"dry_run": True}, content=delta)
+        assert tried.json()["digest"] == made["digests"][number]
+        assert digests(server) == {made["digests"][number - 1]}
         answer = apply(server, delta)
         assert answer["version"] == number
         assert digests(server) == {made["digests"][number]}
