@@ -175,10 +175,9 @@ class Editor:
         JSON-able, is kept in the version's record. Closing it, or an error, leaves the weights as
         they were.
         """
-        clock = Clock()
+        clock, committed = Clock(), False
         self.check(requests)
         start = self.versions.copies()
-        committed = False
         try:
             self.prepare()
             lost = yield from self._lost_before()
@@ -198,6 +197,7 @@ class Editor:
             )
             done = yield from clock.timed(work)
             outcomes, left = outcomes_of(requests, done), TurnMemory.of(done, named)
+            digest = self.versions.begin_digest() if commit else None
             measured, rejected = yield from self._measure(start, lost, commit, left.numbers())
             if commit:
                 yield Phase.RECORD
@@ -205,14 +205,14 @@ class Editor:
             dtype = str(self.versions.dtype).removeprefix("torch.")
             delta = self.versions.change(done.delta, asdict(self.settings) | {"dtype": dtype})
             if commit:
-                self.versions.commit("edit", delta, left, outcomes, measured, note)
+                self.versions.commit("edit", delta, left, outcomes, measured, note, digest)
                 committed = True
         finally:
             if not committed:
                 self.versions.write(start)
-        timings = clock.milliseconds()
+        took = clock.milliseconds()
         watched = {"checked": done.checked, "broken": done.broken, "repaired": done.repaired}
-        return TurnResult(self.version, outcomes, timings, watched, measured, delta, rejected)
+        return TurnResult(self.version, outcomes, took, watched, measured, delta, rejected)
 
     def rollback(self, version: int) -> None:
         """Return to a version bit for bit: from the pristine weights, by replay.
@@ -260,17 +260,18 @@ class Editor:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
                 yield Phase.SOLVE
+            digest = self.versions.begin_digest() if commit else None
             measured, rejected = yield from self._measure(start, lost, commit, {})
             if commit:
                 yield Phase.RECORD
                 left = self.memory.unchanged()
-                self.versions.commit("delta", delta, left, (), measured, note)
+                self.versions.commit("delta", delta, left, (), measured, note, digest)
                 committed = True
         finally:
             if not committed:
                 self.versions.write(start)
-        timings = clock.milliseconds()
         watched = {"checked": 0, "broken": 0, "repaired": 0}
+        timings = clock.milliseconds()
         return TurnResult(self.version, (), timings, watched, measured, delta, rejected)
 
     def history(self) -> list[dict[str, Any]]:
@@ -323,9 +324,8 @@ class Editor:
     def _lost_before(self) -> Generator[Phase, None, float]:
         """Share of the model's own texts that earlier turns have lost."""
         last = self.history()[-1]["guards"] if self.version else None
-        texts = self.memory.own_texts(guards.OWN_TEXTS)
-        size, protected = self.settings.batch_size, self.memory.protected
-        return (yield from self.guards.lost_before(last, texts, protected, size))
+        texts, size = self.memory.own_texts(guards.OWN_TEXTS), self.settings.batch_size
+        return (yield from self.guards.lost_before(last, texts, self.memory.protected, size))
 
     def _measure(
         self, start: Mapping[str, Tensor], lost: float, commit: bool, numbers: Mapping[str, Tensor]
@@ -335,8 +335,9 @@ class Editor:
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         work = self.guards.measure(start, texts, lost, self.settings.batch_size)
         measured, rejected = yield from guards.or_why_not(work, commit, numbers)
-        protected = self.memory.protected
-        return measured | ({"protected": protected} if protected < 1 else {}), rejected
+        if self.memory.protected < 1:
+            measured["protected"] = self.memory.protected
+        return measured, rejected
 
 
 def apply_what_passes(

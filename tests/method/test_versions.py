@@ -75,3 +75,25 @@ def test_a_version_that_comes_out_otherwise_is_refused():
     with pytest.raises(ValueError, match="replay of version 1 gives weights with digest"):
         made.rollback(1)
     assert (made.newest, made.digest()) == (2, before)
+
+
+def test_a_digest_is_computed_beside():
+    weights, made = versions()
+    wait = made.begin_digest()
+    assert wait() == made.digest() == wait()
+    weights["up"].mul_(2)
+    assert made.begin_digest()() == made.digest() != wait()
+
+
+def test_a_version_has_the_digest_that_was_begun(tmp_path):
+    weights, made = versions(tmp_path)
+    advance(weights, made)
+    delta = made.change({n: LowRank.empty(w) for n, w in weights.items()}, {"step": 0.4})
+    begun = made.begin_digest()
+    made.commit("delta", delta, made.memory.unchanged(), (), MEASURED, None, begun)
+    assert made.records[-1]["digest"] == made.digest()
+    made.rollback(2)  # which checks it
+    made.recall()
+    made.commit("delta", delta, made.memory.unchanged(), (), MEASURED, None, lambda: "another")
+    with pytest.raises(ValueError, match="expected another"):
+        made.rollback(3)

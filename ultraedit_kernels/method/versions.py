@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ultraedit_kernels.method.memory import Memory, TurnMemory, decode_statistics
@@ -94,6 +96,30 @@ class Versions:
         """SHA-256 over the edited weights as they are now, hexadecimal."""
         return digest_all(self._weights)
 
+    def begin_digest(self) -> Callable[[], str]:
+        """Begin to compute `digest` of the weights as they are, in a thread of its own: guards look
+        at them meanwhile, but nobody may change them. Of a divided model it is computed when asked
+        for, as all ranks have a part in it.
+
+        Returns: what waits for it.
+        """
+        if ranks_of(self._model) is not None:
+            return self.digest
+        device = next(iter(self._weights.values())).device
+        stream: AbstractContextManager[Any] = nullcontext()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+            stream = torch.cuda.stream(torch.cuda.Stream(device))
+
+        def compute() -> str:
+            with stream:
+                return self.digest()
+
+        thread = ThreadPoolExecutor(1, thread_name_prefix="ultraedit-digest")
+        found = thread.submit(compute)
+        thread.shutdown(wait=False)
+        return found.result
+
     def are_pristine(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether weights, module → W [d_out, d_in], are the untouched ones."""
         return all([digest(weight) == self.base[name] for name, weight in weights.items()])
@@ -176,6 +202,7 @@ class Versions:
         outcomes: Seq[EditOutcome],
         measured: dict[str, float],
         note: dict[str, Any] | None,
+        digest: Callable[[], str] | None = None,
     ) -> None:
         """Make the next version of the weights as they are.
 
@@ -186,6 +213,7 @@ class Versions:
             outcomes: what became of its edits.
             measured: what the guards measured of it.
             note: JSON-able, kept in the version's record.
+            digest: what `begin_digest` returned, if it was called.
 
         Raises:
             OSError: it could not be written; there is no such version then.
@@ -194,7 +222,7 @@ class Versions:
             "version": self.newest + 1,
             "kind": kind,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "digest": self.digest(),
+            "digest": (digest or self.digest)(),
             "edits": [outcome.record() for outcome in outcomes],
             "guards": measured,
         }
