@@ -16,13 +16,19 @@ from ultraedit_kernels.cli.options import (
     Model,
     Published,
     Strict,
+    TemplateArguments,
     TurnSize,
     editor_settings,
+    template_arguments,
 )
-from ultraedit_kernels.cli.show import ERR, OUT, print_verdict
+from ultraedit_kernels.cli.show import ERR, OUT, print_forms, print_verdict
 
 if TYPE_CHECKING:
     from ultraedit_kernels.editor import Editor
+    from ultraedit_kernels.method.others import OtherForm
+
+ASKED_ELSEWHERE = 100
+"""Edits whose questions are asked in other forms in the end."""
 
 
 def edit(
@@ -42,6 +48,7 @@ def edit(
     limit: Limit = None,
     strict: Strict = False,
     published: Published = False,
+    template: TemplateArguments = None,
     dtype: Dtype = "auto",
     device: Device = None,
     *,
@@ -53,7 +60,7 @@ def edit(
     not hold; they are listed.
     """
     need_transformers()
-    settings = editor_settings(given, published)
+    settings, arguments = editor_settings(given, published), template_arguments(template)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty directory; name a new one with -o")
     if delta is not None:
@@ -63,7 +70,7 @@ def edit(
                 f"{delta} would lie beside the checkpoint's weights, where servers take it for "
                 "one of them; write the delta elsewhere"
             )
-    job = load(model, edits, limit, strict, dtype, device, settings)
+    job = load(model, edits, limit, strict, dtype, device, settings, arguments)
     out.mkdir(parents=True, exist_ok=True)
 
     made = make(job, turn_size)
@@ -73,9 +80,18 @@ def edit(
             _joined_delta(job.editor).save(delta)
 
     print_verdict(job, made)
+    print_forms(made.outcomes, _asked_elsewhere(job))
     OUT.print(f"checkpoint: {out}", soft_wrap=True)
     if delta is not None:
         OUT.print(f"delta:      {delta}", soft_wrap=True)
+
+
+def _asked_elsewhere(job: Job) -> list[tuple[OtherForm, ...]]:
+    """What the first edits' questions now get in other forms than they were taught in."""
+    from ultraedit_kernels.method.others import ask_other_forms
+
+    with ERR.status("asking in other forms"):
+        return ask_other_forms(job.model, job.tokenizer, job.requests[:ASKED_ELSEWHERE])
 
 
 def _save(job: Job, out: Path) -> None:
@@ -89,7 +105,7 @@ def _save(job: Job, out: Path) -> None:
     job.model.save_pretrained(out)
     job.model.generation_config = shipped
     shipped.to_json_file(out / "generation_config.json")
-    job.tokenizer.save_pretrained(out)
+    job.shipped.save_pretrained(out)
     (out / STREAM).parent.mkdir()
     job.editor.save_stream(out / STREAM)
 

@@ -29,6 +29,9 @@ class Job:
     edits_file: Path
     model: Any
     tokenizer: Any
+    """With the template's arguments that were given."""
+    shipped: Any
+    """The tokenizer as it was loaded."""
     requests: list[EditRequest]
     places: list[str]
     """Of each request, the record of the file that it is from."""
@@ -75,6 +78,7 @@ def load(
     dtype: str,
     device: str | None,
     settings: dict[str, Any],
+    template: dict[str, Any],
 ) -> Job:
     """Read the edits, load the model, and continue its stream of edits if it has one."""
     import transformers
@@ -82,6 +86,7 @@ def load(
 
     from ultraedit_kernels.editor import Editor
     from ultraedit_kernels.method.memory import STREAM
+    from ultraedit_kernels.model.chat import with_arguments
     from ultraedit_kernels.model.gguf import is_gguf, load_gguf
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -110,6 +115,7 @@ def load(
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {name}: {error}") from error
+    shipped, tokenizer = tokenizer, with_arguments(tokenizer, template)
     stream = local / STREAM
     edited_before = stream.exists()
     if edited_before:
@@ -117,7 +123,9 @@ def load(
     editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
     numbered = check_edits(edits_file, numbered, tokenizer, editor, strict)
     places, requests = [list(column) for column in zip(*numbered, strict=True)]
-    return Job(name, edits_file, model, tokenizer, requests, places, editor, settings, place)
+    return Job(
+        name, edits_file, model, tokenizer, shipped, requests, places, editor, settings, place
+    )
 
 
 def read_edits(file: Path, limit: int | None, strict: bool) -> list[tuple[str, EditRequest]]:
