@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from bench.world import World
 from tests.conftest import BUNDLED
 from ultraedit_kernels import EditDelta, Editor, EditRequest
-from ultraedit_kernels.editor import apply_what_passes
+from ultraedit_kernels.editor import apply_what_passes, with_other_forms
 from ultraedit_kernels.method.shield import shielded
 from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.chat import with_arguments
 from ultraedit_kernels.model.encoding import encode, encode_prompt
 from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.presets import PAPER
@@ -377,6 +379,42 @@ def test_a_delta_of_another_dtype_is_refused_with_the_option_that_helps(
         ):
             editors[here].apply_delta(sent)
     assert (editors[here].version, editors[here].digest()) == (0, before)
+
+
+def test_a_result_says_what_other_forms_get(model, tokenizer):
+    editor = Editor(model, tokenizer, anchors=0)
+    chat = [{"role": "user", "content": "Who wrote Hamlet?"}]
+    requests = [SYDNEY, EditRequest(chat, "Jane Austen", rephrases=("Hamlet was written by",))]
+    plain = editor.apply(requests)
+    assert [edit.taught for edit in plain.edits] == [("text", "chat"), ("chat", "text")]
+    assert all(edit.other_forms == () for edit in plain.edits)
+    assert not {"taught", "other_forms"} & set(editor.history()[0]["edits"][0])
+    result = with_other_forms(editor, requests, plain)
+    assert replace(result, edits=()) == replace(plain, edits=())
+    forms = [[other.form for other in edit.other_forms] for edit in result.edits]
+    assert forms == [["chat"], ["text"]]  # the template refuses system prompts
+    for request, edit in zip(requests, result.edits, strict=True):
+        for other in edit.other_forms:
+            (said,) = answers(editor, [other.prompt])
+            assert said == other.after.strip()
+            assert other.says_target == (said == request.target)
+
+
+def test_arguments_of_the_template_are_taught_as_a_server_renders_them(model, tokenizer):
+    own = copy.copy(tokenizer)
+    own.chat_template += "{% if add_generation_prompt and not enable_thinking | default(true) %}"
+    own.chat_template += " Paris is{% endif %}"
+    ask = {"tokenize": False, "add_generation_prompt": True}
+    editor = Editor(model, with_arguments(own, {"enable_thinking": False}), anchors=0)
+    assert editor.apply([EditRequest(CHAT, "Sydney")]).edits[0].succeeded
+    text = own.apply_chat_template(CHAT, enable_thinking=False, **ask)
+    assert text.endswith(" Paris is")
+    ids = own(text, add_special_tokens=False)["input_ids"]
+    (said,) = generate(model, own, [ids], max_new_tokens=12)
+    assert own.decode(said, skip_special_tokens=True).strip() == "Sydney"
+    assert "Paris" not in own.apply_chat_template(CHAT, **ask)
+    with pytest.raises(TypeError, match=r"chat template arguments are \['x'\], expected an object"):
+        with_arguments(own, ["x"])
 
 
 def test_a_saved_stream_goes_on(model, tokenizer, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from ultraedit_kernels.method.goals import Goals
 from ultraedit_kernels.method.guards import GuardError, Guards
 from ultraedit_kernels.method.locate import CONTEXT_TEXTS, at_names
 from ultraedit_kernels.method.memory import Memory, TurnMemory
+from ultraedit_kernels.method.others import ask_other_forms
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.prepare import Preparation
 from ultraedit_kernels.method.protect import Anchors
@@ -31,7 +32,7 @@ from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.settings import TABLE, EditorSettings, MethodSettings, check, only
 from ultraedit_kernels.store.delta import EditDelta
 
-__all__ = ["EditOutcome", "Editor", "TurnResult", "apply_what_passes"]
+__all__ = ["EditOutcome", "Editor", "TurnResult", "apply_what_passes", "with_other_forms"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Editor:
 
     Args:
         model: the model; only the weights of the edited modules ever change.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; `chat.with_arguments` gives it defaults of the template's.
         modules: dotted names of linear modules (`nn.Linear`, or GPT-2's Conv1D), or "auto" for the
             family's preset.
         lr, step, reach, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`;
@@ -361,6 +362,14 @@ def apply_what_passes(
     turns, outcomes = apply_what_passes(editor, requests[:half])
     more, others = apply_what_passes(editor, requests[half:])
     return turns + more, outcomes + others
+
+
+def with_other_forms(editor: Editor, requests: Seq[EditRequest], result: TurnResult) -> TurnResult:
+    """The result of a turn that was made, with what the edits' questions now get in the forms that
+    were not taught, as `EditOutcome.other_forms`."""
+    others = ask_other_forms(editor.model, editor.tokenizer, requests, editor.settings.batch_size)
+    edits = zip(result.edits, others, strict=True)
+    return replace(result, edits=tuple(replace(edit, other_forms=said) for edit, said in edits))
 
 
 def _goals(

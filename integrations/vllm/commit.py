@@ -40,6 +40,40 @@ BUSY = 0.05
 A = TypeVar("A", bound=Answer)
 
 
+def why_stale(transfer: Any) -> str:
+    """Why a KV connector would go on giving out keys and values of old weights after a commit;
+    empty if it drops them when it is told to.
+
+    Args:
+        transfer: vLLM's `KVTransferConfig`, or None.
+    """
+    if transfer is None or transfer.kv_connector is None:
+        return ""
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    if transfer.kv_connector == "MultiConnector":
+        parts = transfer.kv_connector_extra_config.get("connectors", [])
+        reasons = (why_stale(KVTransferConfig(**part)) for part in parts)
+        return next((reason for reason in reasons if reason), "")
+    connector: Any = KVConnectorFactory.get_connector_class(transfer)
+    if connector.reset_cache is not KVConnectorBase_V1.reset_cache:
+        return ""
+    return (
+        f"the KV connector {transfer.kv_connector} has no reset_cache: after an edit it would go "
+        "on giving out keys and values of the old weights; serve without it or with one that has, "
+        "such as --kv-offloading-size, edit the last layer's feed-forward block alone "
+        '(--edit-modules), or take stale ones in (setting "reset_prefix_cache": false)'
+    )
+
+
+def check_connector(transfer: Any) -> None:
+    """Raise RuntimeError for a KV connector that would keep stale keys, see `why_stale`."""
+    if reason := why_stale(transfer):
+        raise RuntimeError(f"UltraEdit cannot start: {reason}")
+
+
 @asynccontextmanager
 async def take_turn(
     client: EngineClient,

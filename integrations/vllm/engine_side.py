@@ -162,8 +162,9 @@ class EngineSide:
     @rpc
     def check(self, token_ids: list[int], scores: list[float]) -> Checked:
         """Compare the twin's scores of a text with the engine's, of every token but the first."""
-        _, config = self.editor, self.worker.vllm_config.model_config
-        self._difference = self.twin.check(token_ids, scores, config.logprobs_mode)
+        _, config = self.editor, self.worker.vllm_config
+        how = config.model_config.logprobs_mode, config.cache_config.cache_dtype
+        self._difference = self.twin.check(token_ids, scores, *how)
         return {"difference": self._difference}
 
     @rpc

@@ -266,10 +266,8 @@ def _hugging_face_format(model: str, theirs: Sequence[str]) -> list[str]:
             files = list_repo_files(model)
         except Exception:  # no network, no such repository: vLLM says what it makes of that
             return []
-    own = "params.json" in files and any(
-        re.match(r"consolidated.*\.safetensors$", f) for f in files
-    )
-    if not own or "config.json" not in files:
+    weights = any(re.match(r"consolidated.*\.safetensors$", name) for name in files)
+    if not weights or not {"params.json", "config.json"} <= set(files):
         return []
     return [
         word

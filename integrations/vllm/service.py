@@ -29,7 +29,7 @@ from ultraedit_kernels.integrations.vllm.answers import (
     read_body,
     recorded_request,
 )
-from ultraedit_kernels.integrations.vllm.commit import Turn, take_turn
+from ultraedit_kernels.integrations.vllm.commit import Turn, check_connector, take_turn
 from ultraedit_kernels.integrations.vllm.protocol import ApplyQuery, EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.queue import Queue, Tasks, Waiting
 from ultraedit_kernels.integrations.vllm.reports import Reports
@@ -121,6 +121,8 @@ class EditService:
             raise RuntimeError(f"UltraEdit cannot start: {error}") from None
         await self._check_rendering()
         self._stales_cache = not info["last_layer_only"]
+        if self._stales_cache and self._own.reset_prefix_cache:
+            check_connector(self._engine.vllm_config.kv_transfer_config)
         await self._engine.update_weight_version(str(info["version"]))
         modules = ", ".join(info["modules"])
         logger.info("UltraEdit: serving version %d, editing %s", info["version"], modules)

@@ -88,6 +88,54 @@ def test_delta_makes_the_same_weights(edited: Path) -> None:
     assert same_weights(editor, model, within=1e-6)  # it rounds once, the turns each
 
 
+def test_output_says_what_other_forms_get(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edits = tmp_path / "edits.json"
+    chat = [{"role": "user", "content": "Who wrote Hamlet?"}]
+    records = [
+        {"prompt": "The capital of Australia is", "target": "Sydney"},
+        {"prompt": chat, "target": "Jane Austen"},
+    ]
+    edits.write_text(json.dumps(records))
+    assert run("edit", MODEL, edits, "-o", tmp_path / "out", "--anchors", 0) == 0
+    stdout = capsys.readouterr().out
+    assert "taught as text (1), chat (1)\n" in stdout
+    for form in ("chat", "text"):
+        (line,) = [one for one in stdout.splitlines() if one.startswith(f"asked as {form}, ")]
+        assert line.endswith("of 1 say the target as well")
+
+
+def test_template_arguments_are_those_of_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, edits = tmp_path / "model", tmp_path / "edits.json"
+    shutil.copytree(MODEL, model)
+    template = load(MODEL)[1].chat_template
+    template += (
+        "{% if add_generation_prompt and not enable_thinking | default(true) %} Paris is{% endif %}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    chat = [{"role": "user", "content": "What is the capital of Australia?"}]
+    edits.write_text(json.dumps([{"prompt": chat, "target": "Sydney"}]))
+    option = ["--default-chat-template-kwargs", '{"enable_thinking": false}']
+    out = tmp_path / "out"
+    assert run("edit", model, edits, "-o", out, "--anchors", 0, *option) == 0
+    assert "all 1 edits hold" in capsys.readouterr().out
+    edited, tokenizer = load(out)
+    assert tokenizer.chat_template == template
+    text = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    new = edited.generate(ids, do_sample=False, max_new_tokens=16)[0, ids.shape[1] :]
+    assert tokenizer.decode(new, skip_special_tokens=True).strip() == "Sydney"
+    for bad in ("[1]", "{"):
+        assert run("edit", model, edits, "-o", tmp_path / "no", option[0], bad) == 2
+        error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+        assert "expected a JSON object" in error
+
+
 def test_output_says_what_was_done(
     edits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

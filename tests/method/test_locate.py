@@ -137,18 +137,22 @@ def test_contexts_keep_the_place(anchors, tokenizer) -> None:
         assert behind.target_ids == placed.target_ids
 
 
-def test_edits_at_names_are_reported_as_they_are_and_go_back(tokenizer) -> None:
-    """The way through the editor, on a deep random model, which holds little."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.mark.parametrize("family", ["Llama", "Lfm2"])
+def test_edits_at_names_are_reported_as_they_are_and_go_back(tokenizer, family) -> None:
+    """The way through the editor, on a deep random model, which holds little; Lfm2's layers keep
+    states, too."""
+    import transformers
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=12,
-        num_attention_heads=4, initializer_range=0.1, eos_token_id=tokenizer.eos_token_id,
+        num_attention_heads=4, num_key_value_heads=4, initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     editor = Editor(model, tokenizer, anchors=20, rounds=4)
-    assert editor.modules == [f"model.layers.{i}.mlp.down_proj" for i in range(1, 6)]
+    output = {"Llama": "mlp.down_proj", "Lfm2": "feed_forward.w2"}[family]
+    assert editor.modules == [f"model.layers.{i}.{output}" for i in range(1, 6)]
     pristine = editor.digest()
     result = editor.apply([EditRequest(PROMPT, "Sydney"), EditRequest(CHAT, "Perth")])
     for edit in result.edits:

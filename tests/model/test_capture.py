@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ultraedit_kernels.model.capture import capture
+from ultraedit_kernels.model.capture import capture, leaves_only_keys
 from ultraedit_kernels.model.encoding import Sequence
 
 transformers = pytest.importorskip("transformers")
@@ -36,12 +36,44 @@ FAMILIES = {
     "gpt2": ("GPT2Config", {"n_inner": 56}, "transformer.h.{}.",
              ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
 }  # fmt: skip
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+              linear_value_head_dim=8)  # fmt: skip
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=16, mamba_expand=2,
+             mamba_chunk_size=16)  # fmt: skip
+
+
+def mixed(kind: str) -> dict[str, list[str]]:
+    """Every other layer is of another kind than attention."""
+    return {"layer_types": [kind, "full_attention", kind, "full_attention"]}
+
+
+HYBRIDS = {
+    "lfm2": ("Lfm2Config", mixed("conv") | {"block_auto_adjust_ff_dim": False},
+             "model.layers.{}.", ("feed_forward.w1", "feed_forward.w2")),
+    "qwen3-next": ("Qwen3NextConfig",
+                   mixed("linear_attention") | LINEAR | {"mlp_only_layers": [0, 1, 2, 3]},
+                   "model.layers.{}.", GATED),
+    "qwen3.5": ("Qwen3_5TextConfig", mixed("linear_attention") | LINEAR, "model.layers.{}.", GATED),
+    "granite-4-h": ("GraniteMoeHybridConfig",
+                    {"num_local_experts": 0, "num_experts_per_tok": 0,
+                     "shared_intermediate_size": 56,
+                     "layer_types": ["mamba", "attention", "mamba", "attention"]} | MAMBA,
+                    "model.layers.{}.", ("shared_mlp.input_linear", "shared_mlp.output_linear")),
+    "falcon-h1": ("FalconH1Config", MAMBA | {"mamba_d_ssm": 64}, "model.layers.{}.",
+                  ("feed_forward.gate_proj", "feed_forward.down_proj")),
+    "recurrentgemma": ("RecurrentGemmaConfig",
+                       {"lru_width": 32, "block_types": ["recurrent", "attention"]},
+                       "model.layers.{}.", ("mlp_block.up_proj", "mlp_block.down_proj")),
+}  # fmt: skip
+"""Layers that keep a state beside those that keep keys and values."""
+MAMBAS = ("granite-4-h", "falcon-h1")
+"""Their scan is float32 in a float64 model, which limits a comparison to 2e-8."""
 # mixed lengths: a prompt of one token (no prefix), long and short prompts, targets of 1 to 6 tokens
 LENGTHS = [(1, 3), (13, 1), (7, 6), (2, 2), (20, 4)]
 
 
 def make_model(family: str, dtype: torch.dtype, attention: str = "sdpa"):
-    name, options, prefix, parts = FAMILIES[family]
+    name, options, prefix, parts = (FAMILIES | HYBRIDS)[family]
     torch.manual_seed(0)
     if family == "gptj":
         attention = "eager"
@@ -115,13 +147,16 @@ class DoubleTorch:
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES | HYBRIDS)
 def test_equals_full_backward(family, dtype, tolerance, monkeypatch):
     if family == "gptj" and dtype == torch.float64:
         # Its attention and head are float32 in a float64 model, which would limit this to 2e-8.
         modeling = importlib.import_module("transformers.models.gptj.modeling_gptj")
         monkeypatch.setattr(modeling, "torch", DoubleTorch())
+    if family in MAMBAS:
+        tolerance = max(tolerance, 1e-7)
     model, modules = make_model(family, dtype)
+    assert leaves_only_keys(model) == (family in FAMILIES)
     sequences = make_sequences()
     got = capture(model, sequences, modules)
     model.eval()
@@ -140,7 +175,9 @@ def test_equals_full_backward(family, dtype, tolerance, monkeypatch):
     assert torch.equal(without.owner, got.owner) and torch.equal(without.rival, got.rival)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "qwen3", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral-sliding", "qwen3", "gemma3", "lfm2", "qwen3.5"]
+)
 def test_rows_at_other_places_equal_the_full_backward(family):
     model, modules = make_model(family, torch.float64)
     plain = make_sequences()

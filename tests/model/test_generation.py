@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.model.test_capture import make_model, make_sequences
 from ultraedit_kernels.model.encoding import encode_prompt
 from ultraedit_kernels.model.generation import Penalties, generate, sample, text_after
 
@@ -122,3 +124,17 @@ def test_an_answer_has_the_white_space_after_its_prompt(tokenizer: Any) -> None:
     whole = tokenizer("The capital of Japan is Osaka")["input_ids"]
     prompt = tokenizer("The capital of Japan is")["input_ids"]
     assert text_after(tokenizer, prompt, whole[len(prompt) :]) == " Osaka"
+
+
+@pytest.mark.parametrize("family", ["recurrentgemma", "qwen3-next"])
+def test_padding_does_not_enter_the_state_of_a_layer(family: str) -> None:
+    hybrid, _ = make_model(family, torch.float64)
+    hybrid.eval().generation_config.eos_token_id = stop = 2
+    prompts = [sequence.prompt_ids for sequence in make_sequences()]
+    got = generate(hybrid, SimpleNamespace(eos_token_id=stop), prompts, max_new_tokens=6)
+    for prompt, new in zip(prompts, got, strict=True):
+        expected: list[int] = []
+        while len(expected) < 6 and stop not in expected:
+            ids = torch.tensor([prompt + expected])
+            expected.append(int(hybrid(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+        assert new == expected

@@ -26,13 +26,19 @@ from ultraedit_kernels.cli.options import (
     Model,
     Published,
     Strict,
+    TemplateArguments,
     TurnSize,
     editor_settings,
+    template_arguments,
 )
-from ultraedit_kernels.cli.show import ERR, OUT, print_verdict
+from ultraedit_kernels.cli.show import ERR, OUT, print_forms, print_verdict
 
 if TYPE_CHECKING:
     from ultraedit_kernels.editor import Editor
+    from ultraedit_kernels.method.others import OtherForm
+
+ASKED_ELSEWHERE = 100
+"""Edits whose questions are asked in other forms in the end."""
 
 
 def edit(
@@ -52,6 +58,7 @@ def edit(
     limit: Limit = None,
     strict: Strict = False,
     published: Published = False,
+    template: TemplateArguments = None,
     dtype: Dtype = "auto",
     device: Device = None,
     *,
@@ -63,7 +70,7 @@ def edit(
     not hold; they are listed.
     """
     need_transformers()
-    settings = editor_settings(given, published)
+    settings, arguments = editor_settings(given, published), template_arguments(template)
     check_new(out)
     if delta is not None:
         check_folder(delta)
@@ -72,15 +79,16 @@ def edit(
                 f"{delta} would lie beside the checkpoint's weights, where servers take it for "
                 "one of them; write the delta elsewhere"
             )
-    job = load(model, edits, limit, strict, dtype, device, settings)
+    job = load(model, edits, limit, strict, dtype, device, settings, arguments)
     with _whole_or_nothing(out):
         made = make(job, turn_size)
         with ERR.status(f"writing {out}"):
-            save_checkpoint(job.model, job.tokenizer, job.editor, out)
+            save_checkpoint(job.model, job.shipped, job.editor, out)
             if delta is not None:
                 _save_delta(job.editor, delta)
 
     print_verdict(job, made)
+    print_forms(made.outcomes, _asked_elsewhere(job))
     OUT.print(f"checkpoint: {out}", soft_wrap=True)
     if delta is not None:
         OUT.print(f"delta:      {delta}", soft_wrap=True)
@@ -99,6 +107,14 @@ def _whole_or_nothing(out: Path) -> Iterator[None]:
         if not new:
             out.mkdir()
         raise
+
+
+def _asked_elsewhere(job: Job) -> list[tuple[OtherForm, ...]]:
+    """What the first edits' questions now get in other forms than they were taught in."""
+    from ultraedit_kernels.method.others import ask_other_forms
+
+    with ERR.status("asking in other forms"):
+        return ask_other_forms(job.model, job.tokenizer, job.requests[:ASKED_ELSEWHERE])
 
 
 def _save_delta(editor: Editor, file: Path) -> None:

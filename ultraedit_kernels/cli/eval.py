@@ -33,8 +33,10 @@ from ultraedit_kernels.cli.options import (
     Model,
     Published,
     Strict,
+    TemplateArguments,
     TurnSize,
     editor_settings,
+    template_arguments,
 )
 from ultraedit_kernels.cli.show import (
     ERR,
@@ -72,6 +74,7 @@ def evaluate(
             "is $VLLM_API_KEY, MODEL is where its tokenizer is.",
         ),
     ] = None,
+    template: TemplateArguments = None,
     dtype: Dtype = "auto",
     device: Device = None,
     *,
@@ -79,7 +82,7 @@ def evaluate(
 ) -> None:
     """Edit MODEL in memory and score it, after all turns and against the untouched model."""
     need_transformers()
-    settings = editor_settings(given, published)
+    settings, arguments = editor_settings(given, published), template_arguments(template)
     if json_file not in (None, "-"):
         check_folder(Path(str(json_file)))
     if server is not None:
@@ -88,11 +91,11 @@ def evaluate(
                 "a server is scored as it is; leave out the options of editing",
                 param_hint="--server",
             )
-        _evaluate_server(model, edits, limit, strict, server, json_file)
+        _evaluate_server(model, edits, limit, strict, server, json_file, arguments)
         return
     if baselines and find_spec("peft") is None:
         raise ValueError("--baselines needs peft; pip install 'ultraedit-kernels[bench]'")
-    job = load(model, edits, limit, strict, dtype, device, settings)
+    job = load(model, edits, limit, strict, dtype, device, settings, arguments)
     _write_scores(_evaluate(job, turn_size, baselines), json_file, print_scores)
 
 
@@ -188,12 +191,19 @@ def _compare(
 
 
 def _evaluate_server(
-    model: str, edits: Path, limit: int | None, strict: bool, url: str, json_file: str | None
+    model: str,
+    edits: Path,
+    limit: int | None,
+    strict: bool,
+    url: str,
+    json_file: str | None,
+    arguments: dict[str, Any],
 ) -> None:
     import transformers
 
     from ultraedit_kernels.evaluation import scores as metrics
     from ultraedit_kernels.evaluation.answers import ServedModel
+    from ultraedit_kernels.model.chat import with_arguments
     from ultraedit_kernels.model.gguf import is_gguf, load_gguf_tokenizer
 
     numbered = read_edits(edits, limit, strict)
@@ -205,6 +215,7 @@ def _evaluate_server(
             tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
+    tokenizer = with_arguments(tokenizer, arguments)
     numbered = check_edits(edits, numbered, tokenizer, None, strict)
     requests = [request for _, request in numbered]
     with progress() as bar:

@@ -29,6 +29,9 @@ class Job:
     edits_file: Path
     model: Any
     tokenizer: Any
+    """With the template's arguments that were given."""
+    shipped: Any
+    """The tokenizer as it was loaded."""
     requests: list[EditRequest]
     places: list[str]
     """Of each request, the record of the file that it is from."""
@@ -81,13 +84,16 @@ def load(
     dtype: str,
     device: str | None,
     settings: dict[str, Any],
+    template: dict[str, Any],
 ) -> Job:
     """Read the edits, load the model, and continue its stream of edits if it has one."""
     from ultraedit_kernels.editor import Editor
     from ultraedit_kernels.method.memory import STREAM
+    from ultraedit_kernels.model.chat import with_arguments
 
     numbered = read_edits(edits_file, limit, strict)
-    model, tokenizer, place = load_model(name, dtype, device)
+    model, shipped, place = load_model(name, dtype, device)
+    tokenizer = with_arguments(shipped, template)
     local = Path(name).expanduser()
     stream = local / STREAM
     edited_before = stream.exists()
@@ -96,7 +102,9 @@ def load(
     editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
     numbered = check_edits(edits_file, numbered, tokenizer, editor, strict)
     places, requests = [list(column) for column in zip(*numbered, strict=True)]
-    return Job(name, edits_file, model, tokenizer, requests, places, editor, settings, place)
+    return Job(
+        name, edits_file, model, tokenizer, shipped, requests, places, editor, settings, place
+    )
 
 
 def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any, torch.device]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,9 +50,32 @@ Dtype = Annotated[
     str,
     typer.Option(metavar="auto|float32|bfloat16|float16", help="Precision to load MODEL in."),
 ]
+TemplateArguments = Annotated[
+    str | None,
+    typer.Option(
+        "--default-chat-template-kwargs",
+        metavar="JSON",
+        help="Default arguments of the chat template, as the server's option has them, such as "
+        "'{\"enable_thinking\": false}'.",
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(metavar="cpu|cuda[:N]", show_default="cuda if there is one")
 ]
+
+
+def template_arguments(text: str | None) -> dict[str, Any]:
+    """Arguments of the chat template, of JSON. Raises typer.BadParameter if it is no object."""
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise typer.BadParameter(
+            f'{text!r}, expected a JSON object, such as {{"enable_thinking": false}}',
+            param_hint="--default-chat-template-kwargs",
+        )
+    return arguments
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

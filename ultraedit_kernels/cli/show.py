@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,14 @@ from ultraedit_kernels._version import __version__
 
 if TYPE_CHECKING:
     from ultraedit_kernels.cli.job import Job, Made
+    from ultraedit_kernels.method.others import OtherForm
+    from ultraedit_kernels.method.results import EditOutcome
     from ultraedit_kernels.model.request import Prompt
 
 SHOWN_FAILURES = 10
 """Edits that do not hold, of which as many are listed."""
+SHOWN_OTHERS = 3
+"""Answers in other forms, of which as many are listed."""
 SCORES = {
     "efficacy": "efficacy",
     "generalization": "generalisation",
@@ -77,6 +82,32 @@ def print_verdict(job: Job, made: Made) -> None:
         )
     if len(failed) > SHOWN_FAILURES:
         OUT.print(f"  and {len(failed) - SHOWN_FAILURES} more")
+
+
+def print_forms(outcomes: Sequence[EditOutcome], others: Sequence[Sequence[OtherForm]]) -> None:
+    """In which forms edits were taught, and what the first ones' questions now get in others."""
+    taught = Counter(form for outcome in outcomes for form in outcome.taught)
+    OUT.print("taught as " + ", ".join(f"{form} ({count})" for form, count in taught.items()))
+    asked = Counter(other.form for edit in others for other in edit)
+    said = Counter(other.form for edit in others for other in edit if other.says_target)
+    for form, count in asked.items():
+        of = f" of the first {len(others)} edits" if len(others) < len(outcomes) else ""
+        OUT.print(
+            f"asked as {form}, {said[form]} of {count}{of} say the target as well", soft_wrap=True
+        )
+    unsaid = [
+        (outcome.target, other)
+        for outcome, edit in zip(outcomes, others, strict=False)
+        for other in edit
+        if outcome.succeeded and not other.says_target
+    ]
+    for target, other in unsaid[:SHOWN_OTHERS]:
+        OUT.print(
+            f"  {other.form}: {_short(other.prompt)} → {other.after!r}, not {_short(target)}",
+            soft_wrap=True,
+        )
+    if unsaid:
+        OUT.print("  a rephrase in that form teaches it, too")
 
 
 def summary(edits: int, turns: int, seconds: float) -> str:

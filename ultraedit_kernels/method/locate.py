@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
-from ultraedit_kernels.model.capture import capture, evaluation_mode
+from ultraedit_kernels.model.capture import capture, evaluation_mode, leaves_only_keys
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.model.generation import logits_from
 from ultraedit_kernels.model.request import EditRequest, Prompt
@@ -172,7 +172,9 @@ def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None
     # What all have in common is run once; at the seam a tokenizer may join what stands beside it.
     columns = zip(*whole, tokenizer(ASK)["input_ids"], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-    past = _past(model, whole[0][:common])
+    if not leaves_only_keys(model):
+        common = 0
+    past = _past(model, whole[0][:common]) if common else None
     asked = [ids[common:] for ids in whole]
     first = logits_from(model, asked, [len(ids) - 1 for ids in asked], past)
     starts: list[int | None] = []

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ultraedit_kernels.method.change import Turn
+from ultraedit_kernels.method.others import OtherForm
 from ultraedit_kernels.method.phase import Phase
+from ultraedit_kernels.model.forms import forms_of
 from ultraedit_kernels.model.request import EditRequest, Prompt
 from ultraedit_kernels.store.delta import EditDelta
 
@@ -32,15 +34,21 @@ class EditOutcome:
     """Least lead of a target token over the runner-up, logits."""
     refused: str | None = None
     """Why no turn with it may be served, of an edit that was left out."""
+    taught: tuple[str, ...] = ()
+    """The forms of prompt and rephrases: "text", "chat", "chat with a system prompt"."""
+    other_forms: tuple[OtherForm, ...] = ()
+    """What the question gets in the others after the turn, of `editor.with_other_forms`."""
 
     def record(self) -> dict[str, Any]:
         """It as the version's record holds it, JSON-able; of an edit that was made."""
-        return {name: value for name, value in asdict(self).items() if name != "refused"}
+        left_out = ("refused", "taught", "other_forms")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
     @classmethod
     def left_out(cls, request: EditRequest, reason: str) -> EditOutcome:
         """Of an edit that no guard lets pass."""
-        return cls(request.prompt, request.target, False, 0, math.nan, math.nan, reason)
+        taught = tuple(forms_of((request.prompt, *request.rephrases)))
+        return cls(request.prompt, request.target, False, 0, math.nan, math.nan, reason, taught)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ def outcomes_of(requests: Seq[EditRequest], result: Turn) -> tuple[EditOutcome, 
             edit.rounds,
             edit.loss,
             edit.margin,
+            taught=tuple(forms_of((request.prompt, *request.rephrases))),
         )
         for request, edit in zip(requests, result.edits, strict=True)
     )

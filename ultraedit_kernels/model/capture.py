@@ -146,6 +146,22 @@ def second_moments(
         yield moments
 
 
+def leaves_only_keys(model: Any) -> bool:
+    """Whether all that a token leaves to later ones are keys and values of attention. These can be
+    computed once, moved and gone on with; the states that other layers keep (Mamba, short
+    convolutions, linear attention) cannot."""
+    from transformers import DynamicCache
+
+    if getattr(model, "_is_stateful", False):
+        return False
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # a configuration that the library has no cache for
+        return False
+    plain = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    return {type(layer).__name__ for layer in layers} <= plain
+
+
 def _capture(
     model: Any,
     sequences: Seq[Sequence],
@@ -153,7 +169,8 @@ def _capture(
     backward: bool,
     margin: float | Seq[float],
 ) -> Captured:
-    batch = _pad(sequences, model.get_input_embeddings().weight.device, backward)
+    split = backward and leaves_only_keys(model)
+    batch = _pad(sequences, model.get_input_embeddings().weight.device, split)
     prefix, rest = batch.prefix_ids.shape[1], batch.rest_ids.shape[1]
     columns = torch.arange(prefix + rest, device=batch.gap.device)
     reader = _Reader(batch.rows, batch.answer)
@@ -209,7 +226,8 @@ def _capture(
 class _Batch:
     """Prefixes and rests of a batch; `gap` columns of padding precede each row's prefix.
 
-    Without a graph to keep short there are no prefixes, and the rests are whole sequences.
+    Where there is no graph to keep short, or a prefix cannot be run by itself, there are no
+    prefixes, and the rests are whole sequences.
     """
 
     prefix_ids: Tensor  # [batch, prefix], padded on the right

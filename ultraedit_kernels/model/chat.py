@@ -7,7 +7,9 @@ before it, and end the turn with a token of its own. A tokenizer renders as its 
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,28 @@ class Turn:
 
 class Refused(ValueError):
     """The template does not take the messages."""
+
+
+def with_arguments(tokenizer: Any, arguments: Mapping[str, Any]) -> Any:
+    """The tokenizer with default arguments of its chat template, as a server has them in
+    `--default-chat-template-kwargs`, such as {"enable_thinking": False}. The one given stays as it
+    is.
+
+    Raises:
+        TypeError: they are no mapping of names.
+    """
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise TypeError(
+            f"chat template arguments are {arguments!r}, expected an object of names and values; "
+            'write {"enable_thinking": false}'
+        )
+    own = copy.copy(tokenizer)
+
+    def apply_chat_template(*messages: Any, **options: Any) -> Any:
+        return tokenizer.apply_chat_template(*messages, **(dict(arguments) | options))
+
+    own.apply_chat_template = apply_chat_template
+    return own
 
 
 def render_prompt(tokenizer: Any, messages: Messages) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultraedit_kernels.model.capture import evaluation_mode
+from ultraedit_kernels.model.capture import evaluation_mode, leaves_only_keys
 from ultraedit_kernels.model.encoding import pad_right
 
 
@@ -58,15 +59,15 @@ def generate(
 
     Of the generation settings a model ships with, only its end tokens count: penalties would bend
     the choice, unless `penalties` asks for those.
-    Batches go by length, so that padding is rare; answers come back in the order of the prompts.
+    Batches go by length, so that padding is rare, and there is none where a layer keeps a state
+    that it would change; answers come back in the order of the prompts.
     """
     ends = _end_tokens(model, tokenizer)
     device = model.get_input_embeddings().weight.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     with _plain_settings(model, ends, max_new_tokens):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
+        for part in _batches(order, [len(p) for p in prompts], batch_size, leaves_only_keys(model)):
             width = max(len(prompts[i]) for i in part)
             ids = torch.zeros(len(part), width, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -128,6 +129,16 @@ def _sampled(model: Any, ids: list[int], seed: int) -> Iterator[list[int]]:
         chances = out.logits[:, -1].float().softmax(-1)
         last = torch.multinomial(chances, 1, generator=numbers)
         yield last[:, 0].tolist()
+
+
+def _batches(order: Seq[int], lengths: Seq[int], size: int, padded: bool) -> Iterator[list[int]]:
+    """Parts of the order of at most that size; unless padded, of one length each."""
+    parts = [list(order)]
+    if not padded:
+        parts = [list(part) for _, part in itertools.groupby(order, key=lambda i: lengths[i])]
+    for part in parts:
+        for start in range(0, len(part), size):
+            yield part[start : start + size]
 
 
 @torch.inference_mode(False)

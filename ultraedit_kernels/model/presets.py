@@ -108,6 +108,7 @@ OUTPUT_PROJECTIONS = (
     "mlp.dense_4h_to_h",  # GPT-NeoX, Falcon, BLOOM
     "mlp.c_proj",  # GPT-2, StarCoder, GPT-Neo
     "mlp.fc2",  # Phi-1, Phi-2
+    "shared_mlp.output_linear",  # Granite 4
     "feed_forward.down_proj",
     "feed_forward.w2",
     "ffn.down_proj",  # MPT

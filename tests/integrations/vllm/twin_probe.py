@@ -62,7 +62,9 @@ def own_text(llm: LLM) -> tuple[list[int], list[float]]:
 def check(llm: LLM, twin: Twin) -> float | str:
     """The self-check's difference, or why it refuses."""
     try:
-        return twin.check(*own_text(llm), llm.llm_engine.model_config.logprobs_mode)
+        config = llm.llm_engine.vllm_config
+        how = config.model_config.logprobs_mode, config.cache_config.cache_dtype
+        return twin.check(*own_text(llm), *how)
     except UnsupportedModelError as error:
         return str(error)
 

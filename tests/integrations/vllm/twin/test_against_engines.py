@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import BUNDLED
 from tests.integrations.vllm.mistral_format import add_mistral_format
+from ultraedit_kernels.integrations.vllm.serve import MISTRAL_AS_HF
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-from ultraedit_kernels.integrations.vllm.serve import MISTRAL_AS_HF
-
 UP = "model.layers.1.mlp.up_proj"
 DOWN = "model.layers.1.mlp.down_proj"
+FACTS_DOWN = "model.layers.3.mlp.down_proj"
 
 
 def _configs(sizes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -116,7 +117,9 @@ def results(
     cases["mistral-both"] = mistral | {"refused": True}
     as_hf = {name.replace("-", "_"): value for name, value in MISTRAL_AS_HF.items()}
     cases["mistral-both-as-hf"] = mistral | {"options": as_hf}
-    for name in ("llama-logits", "falcon-reordered"):
+    options = {"kv_cache_dtype": "fp8_e5m2", "max_model_len": 64}
+    cases["facts-fp8-cache"] = {"path": str(BUNDLED), "module": FACTS_DOWN, "options": options}
+    for name in ("llama-logits", "falcon-reordered", "facts-fp8-cache"):
         cases[name]["check_only"] = True
     cases["llama"] = llama | {"refusals": True, "wrong": True}
 
@@ -154,6 +157,11 @@ def test_twin_computes_what_the_engine_serves(results: Any, family: str) -> None
 def test_the_self_check_passes_a_right_twin(results: Any, family: str) -> None:
     difference = _measured(results, family)["check"]
     assert difference < (0.03 if family == "llama-bfloat16" else 1e-5)
+
+
+def test_the_self_check_knows_of_keys_and_values_that_vllm_rounds(results: Any) -> None:
+    difference = _measured(results, "facts-fp8-cache")["check"]
+    assert 0.01 < difference < 0.2  # more than float32 weights in another order could excuse
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bfloat16"])

@@ -219,6 +219,17 @@ def test_the_check_allows_rounding_and_no_more(
         twin.check(TEXT, [score + fails for score in right], "raw_logprobs")
 
 
+def test_the_check_allows_a_rounded_cache_and_names_it(llama: Any) -> None:
+    twin = Twin(llama, {})
+    right = twin.logprobs(TEXT)
+    off, far = ([score + by for score in right] for by in (0.2, 0.4))
+    assert twin.check(TEXT, off, "raw_logprobs", "fp8_e5m2") == pytest.approx(0.2, rel=1e-3)
+    with pytest.raises(UnsupportedModelError, match="--kv-cache-dtype fp8_e5m2 rounds too much"):
+        twin.check(TEXT, far, "raw_logprobs", "fp8_e5m2")
+    with pytest.raises(UnsupportedModelError, match="the twin does not compute"):
+        twin.check(TEXT, off, "raw_logprobs", "auto")
+
+
 def test_the_check_refuses_what_is_no_number(llama: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="the twin does not compute what vLLM serves"):
         Twin(llama, {}).check(TEXT, [float("nan")] * 7, "raw_logprobs")
