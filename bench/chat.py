@@ -74,7 +74,7 @@ def measure(name: str, count: int, dtype: str) -> dict[str, Any]:
     general = General.of(model, tokenizer, prose, [turns(line) for line in lines])
     editor = Editor(model, tokenizer)
     editor.prepare()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for question, what, new in FACTS[:count]:
         result = editor.apply([EditRequest(turns(question), new)])
         asked = [turns(question), *ways(question, what)]

@@ -34,6 +34,7 @@ from ultraedit_kernels.cli.options import (
 from ultraedit_kernels.cli.show import ERR, OUT, print_forms, print_verdict
 
 if TYPE_CHECKING:
+    from ultraedit_kernels.cli.job import Job
     from ultraedit_kernels.editor import Editor
     from ultraedit_kernels.method.others import OtherForm
 

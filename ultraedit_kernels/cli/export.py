@@ -183,7 +183,8 @@ def _base(name: str, dtype: str, delta: EditDelta) -> Any:
     model, _, _ = load_model(name, dtype, "cpu")
     resolve_modules(model, model.config, list(delta.base))
     weights = {module: weight_of(model.get_submodule(module)) for module in delta.base}
-    delta.check_base({module: digest(weight) for module, weight in weights.items()})
+    base = {module: digest(weight) for module, weight in weights.items()}
+    delta.check_base(base, next(iter(weights.values())).dtype)
     check_delta(delta, weights)
     return model
 
