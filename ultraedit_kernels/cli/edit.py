@@ -99,7 +99,10 @@ def _save(job: Job, out: Path) -> None:
     from transformers import GenerationConfig
 
     from ultraedit_kernels.method.memory import STREAM
+    from ultraedit_kernels.model.wide import narrow
 
+    if job.dtype is not None:
+        narrow(job.model, job.editor.modules, job.dtype)
     # transformers refuses to write some generation settings that models ship with; they go along
     # as they are.
     shipped, job.model.generation_config = job.model.generation_config, GenerationConfig()

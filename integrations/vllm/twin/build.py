@@ -96,7 +96,7 @@ class Twin:
         """
         gaps = [abs(a - b) for a, b in zip(self.logprobs(token_ids, mode), served, strict=True)]
         difference = sum(gaps) / len(gaps)
-        dtype = next(self.model.parameters()).dtype
+        dtype = next(iter(self.live.values())).dtype
         tolerance = TOLERANCE.get(dtype, HALF_TOLERANCE)
         if not difference <= tolerance:  # or it is NaN
             raise UnsupportedModelError(
