@@ -33,6 +33,7 @@ ROOMS = (
     "reference",
     "ops",
     "settings",
+    "kinds",
     "_version",
 )
 """Top to bottom: a module imports from its own room and from those below. The store is above the
@@ -71,6 +72,7 @@ ELSEWHERE = {
     "ultraedit_kernels/cli/job.py": "tests/cli/test_edit.py",
     "ultraedit_kernels/cli/show.py": "tests/cli/test_eval.py",
     "ultraedit_kernels/fleet/calls.py": "tests/fleet/test_client.py",
+    "ultraedit_kernels/kinds.py": "tests/test_settings.py",
     "ultraedit_kernels/method/change.py": "tests/method/test_turn.py",
     "ultraedit_kernels/method/phase.py": "tests/method/test_turn.py",
     "ultraedit_kernels/ops/aot.py": "tests/ops/aot/test_specialisation.py",

@@ -8,12 +8,26 @@ The options of the command line, the check of the "ultraedit" section of vLLM's
 from __future__ import annotations
 
 import difflib
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from ultraedit_kernels.kinds import (
+    ABOVE_ONE,
+    ABOVE_ZERO,
+    CANARIES,
+    FROM_ZERO,
+    NAMES,
+    PATH,
+    SHARE,
+    STEP_SIZE,
+    SWITCH,
+    Kind,
+    choice,
+    is_number,
+    whole,
+)
 
 Audience = Literal["operator", "researcher", "internal"]
 AUDIENCES: dict[Audience, str] = {
@@ -23,22 +37,6 @@ AUDIENCES: dict[Audience, str] = {
     "internal": "Arguments of `Editor` that a server or a command gives itself.",
 }
 """Each may set what those before it may."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What values a setting takes."""
-
-    expected: str
-    """In words, to follow "expected"."""
-    holds: Callable[[Any], bool]
-    """Whether it takes a value."""
-    parse: Callable[[str], Any]
-    """The value that a text on the command line means; ValueError for a text that means none."""
-    metavar: str = "X"
-    type: type = str
-    """Of an option of the command line; `parse` reads those that come as text."""
-    least: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,62 +66,6 @@ class Setting:
             )
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(least: int | None = None) -> Kind:
-    return Kind(
-        "a whole number" + ("" if least is None else f" from {least}"),
-        lambda value: _is_whole(value) and (least is None or value >= least),
-        int,
-        "N",
-        int,
-        least,
-    )
-
-
-def _is_names(value: Any) -> bool:
-    if isinstance(value, str):
-        return value in ("auto", "published")
-    return isinstance(value, Sequence) and all(isinstance(name, str) for name in value)
-
-
-def _names(text: str) -> str | list[str]:
-    names = [name for part in text.split(",") if (name := part.strip())]
-    return "".join(names) or "auto" if names in ([], ["auto"], ["published"]) else names
-
-
-def _choice(*names: str) -> Kind:
-    return Kind(" or ".join(map(repr, names)), lambda x: x in names, str, "|".join(names))
-
-
-ABOVE_ZERO = Kind("a number above 0", lambda x: _is_number(x) and x > 0, float, type=float)
-ABOVE_ONE = Kind("a number above 1", lambda x: _is_number(x) and x > 1, float, type=float)
-SHARE = Kind(
-    "a number above 0 and below 1", lambda x: _is_number(x) and 0 < x < 1, float, type=float
-)
-FROM_ZERO = Kind(
-    "a number from 0", lambda x: _is_number(x) and x >= 0, float, type=float, least=0.0
-)
-STEP_SIZE = Kind(
-    "'auto' or a number above 0",
-    lambda x: x == "auto" or ABOVE_ZERO.holds(x),
-    lambda text: text if text == "auto" else float(text),
-    "auto|X",
-)
-SWITCH = Kind("true or false", lambda x: isinstance(x, bool), bool, "", bool)
-NAMES = Kind("'auto' or a list of names of modules", _is_names, _names, "NAME[,NAME]", list)
-PATH = Kind("a path", lambda x: x is None or isinstance(x, (str, Path)), os.path.abspath, "PATH")
-CANARIES = Kind(
-    "a file, or a list", lambda x: isinstance(x, (str, Path, list, tuple)), os.path.abspath, "FILE"
-)
-
-
 def _setting(
     default: Any,
     kind: Kind,
@@ -138,7 +80,7 @@ def _setting(
 ) -> Any:
     """A field of a group, see `Setting`."""
     if unset is None:  # numbers as they are written, true and false as in JSON
-        unset = f"{default:g}" if _is_number(default) else str(default)
+        unset = f"{default:g}" if is_number(default) else str(default)
         unset = unset.lower() if isinstance(default, bool) else unset
     metavar = kind.metavar if metavar is None else metavar
     metadata = dict(kind=kind, help=help, flag=flag, serve=serve, audience=audience, reason=reason)
@@ -168,7 +110,7 @@ class MethodSettings:
     )
     rounds: int = _setting(
         24,
-        _whole(1),
+        whole(1),
         "Most steps per turn; it ends as soon as every edit holds.",
         unset="40 at names, else 24",
         flag="--rounds",
@@ -186,7 +128,7 @@ class MethodSettings:
     )
     repairs: int = _setting(
         200,
-        _whole(0),
+        whole(0),
         "Most earlier edits and sampled texts that a turn checks at a time because it threatens "
         "them, and as many earlier edits because it is their turn; those that broke are repaired.",
         flag="--repairs",
@@ -194,14 +136,14 @@ class MethodSettings:
     )
     batch_size: int = _setting(
         32,
-        _whole(1),
+        whole(1),
         "Sequences per forward pass, over whose answer tokens the loss is averaged.",
         audience="researcher",
         reason="the server takes as many sequences as fit a slice of work",
     )
     rounding: Literal["nearest", "stochastic"] = _setting(
         "nearest",
-        _choice("nearest", "stochastic"),
+        choice("nearest", "stochastic"),
         "How changed weights are rounded to their dtype; the number of the turn is the seed.",
     )
 
@@ -225,18 +167,18 @@ class EditorSettings:
     )
     anchors: int = _setting(
         2000,
-        _whole(0),
+        whole(0),
         "Texts of 32 tokens (at names a 16th as many, of 128) that the model writes and an edit "
         "must leave alone; 0 for nothing but the locality prompts.",
         flag="--anchors",
         serve="--edit-anchors",
     )
     anchor_rows: int = _setting(
-        1024, _whole(1), "Rows that the anchors of a module are compressed to."
+        1024, whole(1), "Rows that the anchors of a module are compressed to."
     )
     statistics: Literal["per-module", "per-shape"] = _setting(
         "per-module",
-        _choice("per-module", "per-shape"),
+        choice("per-module", "per-shape"),
         "What the running statistics are kept for; per-shape is how the published scores were "
         "made.",
         audience="researcher",
@@ -259,7 +201,7 @@ class EditorSettings:
     )
     keep: int = _setting(
         100,
-        _whole(1),
+        whole(1),
         "Newest versions in the state directory that can be returned to at least.",
     )
     writes: bool = _setting(
@@ -295,7 +237,7 @@ class EditorSettings:
     )
     seed: int = _setting(
         0,
-        _whole(),
+        whole(),
         "Seed of the texts that are sampled as anchors.",
         flag="--seed",
         audience="researcher",
@@ -309,7 +251,7 @@ class ServingSettings:
 
     traffic: int = _setting(
         0,
-        _whole(0),
+        whole(0),
         "Keys per module of served prompts, never text, that are kept to hold still what the model "
         "computes there.",
         serve="--edit-traffic",
@@ -325,8 +267,16 @@ class ServingSettings:
     gather_share: float = _setting(
         0.1,
         SHARE,
-        "Share of a busy engine's time in which the texts of `anchors` are gathered at first.",
+        "Share of the time of an engine with requests in which the texts that `anchors` asks for "
+        "are gathered after the first start of a model; an idle engine gives all.",
         serve="--edit-gather-share",
+    )
+    float32_gib: float = _setting(
+        4.0,
+        FROM_ZERO,
+        "Most GiB for a float32 copy of the weights, with which edits of a model in half precision "
+        "are computed on a CPU without units for that; those of a larger model take longer.",
+        serve="--edit-float32-gib",
     )
     reset_prefix_cache: bool = _setting(
         True,
@@ -335,13 +285,13 @@ class ServingSettings:
     )
     running_requests: Literal["keep", "wait"] = _setting(
         "keep",
-        _choice("keep", "wait"),
+        choice("keep", "wait"),
         "What a commit does that stales keys and values: requests under way are computed anew up "
         "to where they are and go on (keep), or are waited for while new ones wait as well (wait).",
     )
     max_queue: int = _setting(
         64,
-        _whole(1),
+        whole(1),
         "Most changes under way or waiting in one API server; further ones get 429.",
         serve="--edit-max-queue",
     )
@@ -365,20 +315,20 @@ class RouteSettings:
         serve="--edit-without-audit-prompts",
     )
     max_body_mib: int = _setting(
-        8, _whole(1), "Most MiB of a JSON body; larger ones get 413.", serve="--edit-max-body-mib"
+        8, whole(1), "Most MiB of a JSON body; larger ones get 413.", serve="--edit-max-body-mib"
     )
     max_delta_mib: int = _setting(
         1024,
-        _whole(1),
+        whole(1),
         "Most MiB of a delta file; larger ones get 413.",
         serve="--edit-max-delta-mib",
     )
     max_edits: int = _setting(
-        256, _whole(1), "Most edits of one request; more get 400.", serve="--edit-max-edits"
+        256, whole(1), "Most edits of one request; more get 400.", serve="--edit-max-edits"
     )
     max_prompts: int = _setting(
         64,
-        _whole(1),
+        whole(1),
         "Most prompts of one edit, with rephrases and locality; more get 400.",
         serve="--edit-max-prompts",
     )

@@ -12,6 +12,7 @@ from ultraedit_kernels.integrations.vllm.tokenizer import Rendering, load_tokeni
 from ultraedit_kernels.integrations.vllm.twin import Twin, build_twin, build_weights
 from ultraedit_kernels.method.memory import STREAM
 from ultraedit_kernels.model.parallel import together
+from ultraedit_kernels.model.wide import widen, widens
 from ultraedit_kernels.settings import EditorSettings, MethodSettings, ServingSettings, check, only
 
 SLICE = 10
@@ -54,6 +55,8 @@ def build_parts(
     settings = only(settings, MethodSettings, EditorSettings)
     build = build_twin if computes else build_weights
     twin = build(worker.get_model(), config, settings.get("modules", "auto"))
+    if wide := computes and widens(twin.model, serving.float32_gib):
+        widen(twin.model, twin.live)
     if computes:  # it stops where the engine stops
         ends = stop_tokens(config.model_config, tokenizer)
         settings_of_model: Any = twin.model.generation_config
@@ -72,6 +75,8 @@ def build_parts(
         apart = None
         if not editor.preparation.begin():
             apart = build_twin(worker.get_model(), config, list(twin.live), "gathering").model
+            if wide:
+                widen(apart, twin.live, like=twin.model)
         editor.prepare()  # or it is the longest slice of the first turn
     return Parts(editor, twin, serving, Background(editor, apart, serving.gather_share))
 

@@ -70,6 +70,8 @@ def edit(
     Editing OUT_DIR again continues its stream of edits. The exit status is 0 also if some edits do
     not hold; they are listed.
     """
+    from ultraedit_kernels.model.wide import narrow
+
     need_transformers()
     settings, arguments = editor_settings(given, published), template_arguments(template)
     check_new(out)
@@ -83,13 +85,16 @@ def edit(
     job = load(model, edits, limit, strict, dtype, device, settings, arguments)
     with _whole_or_nothing(out):
         made = make(job, turn_size)
+        others = _asked_elsewhere(job)
         with ERR.status(f"writing {out}"):
+            if job.dtype is not None:
+                narrow(job.model, job.editor.modules, job.dtype)
             save_checkpoint(job.model, job.shipped, job.editor, out)
             if delta is not None:
                 _save_delta(job.editor, delta)
 
     print_verdict(job, made)
-    print_forms(made.outcomes, _asked_elsewhere(job))
+    print_forms(made.outcomes, others)
     OUT.print(f"checkpoint: {out}", soft_wrap=True)
     if delta is not None:
         OUT.print(f"delta:      {delta}", soft_wrap=True)

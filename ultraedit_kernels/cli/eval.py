@@ -155,7 +155,8 @@ def _report(
         "seconds": made.seconds,
         "held_when_made": sum(outcome.succeeded for outcome in made.outcomes),
         "device": name,
-        "dtype": str(next(iter(job.editor.weights.values())).dtype).removeprefix("torch."),
+        "dtype": str(next(iter(job.editor.weights.values())).dtype).removeprefix("torch.")
+        + (", computed in float32" if job.dtype is not None else ""),
         "versions": {
             "ultraedit-kernels": __version__,
             "torch": torch.__version__,

@@ -39,6 +39,8 @@ class Job:
     settings: dict[str, Any]
     """As given to the Editor."""
     device: torch.device
+    dtype: torch.dtype | None
+    """Of the weights, if the model computes in float32 instead."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,10 @@ def load(
     if edited_before:
         ERR.print(f"continuing the stream of {stream}", soft_wrap=True)
     editor = Editor(model, tokenizer, continues=stream if edited_before else None, **settings)
+    own = (editor, settings, place, _widened(editor))
     numbered = check_edits(edits_file, numbered, tokenizer, editor, strict)
     places, requests = [list(column) for column in zip(*numbered, strict=True)]
-    return Job(
-        name, edits_file, model, tokenizer, shipped, requests, places, editor, settings, place
-    )
+    return Job(name, edits_file, model, tokenizer, shipped, requests, places, *own)
 
 
 def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any, torch.device]:
@@ -140,6 +141,24 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any, tor
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {name}: {error}") from error
     return model, tokenizer, place
+
+
+def _widened(editor: Editor) -> torch.dtype | None:
+    """Have the model compute in float32 if that is faster, and say so; the dtype of before then."""
+    from ultraedit_kernels.model.wide import widen, widens
+    from ultraedit_kernels.settings import TABLE
+
+    if not widens(editor.model, TABLE["float32_gib"].default):
+        return None
+    dtype: torch.dtype = next(editor.model.parameters()).dtype
+    widen(editor.model, editor.modules)
+    name = str(dtype).removeprefix("torch.")
+    ERR.print(
+        f"computing in float32, as this CPU has no units for {name}; edited weights are rounded to "
+        f"{name}",
+        soft_wrap=True,
+    )
+    return dtype
 
 
 def read_edits(file: Path, limit: int | None, strict: bool) -> list[tuple[str, EditRequest]]:

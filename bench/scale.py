@@ -1,0 +1,263 @@
+"""What editing costs beside a bare forward pass of the same tokens, at small and at large sizes.
+
+    python -m bench.scale [--models smollm2,llama-1b] [--edits N] [--anchors N] [--output FILE]
+
+Measured on SmolLM2-135M-Instruct, and on a randomly initialised model of Llama-3.2-1B's shape in
+bfloat16 where it fits: the start (gathering what edits must leave alone), one edit, a turn of 100,
+its commit, and the published method's arithmetic on the same edits. By formula, which the measured
+models check: the memory that is held at Llama-3-8B's and at 70B's shapes with 8 ranks. A row for
+each model and version goes to bench/results/scale.csv.
+
+Seconds are of all cores on a CPU, so that a busy machine does not count, and of the clock on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import baselines, machine
+from bench.real_models import checkpoint
+from bench.report import RESULTS
+from bench.world import World
+from ultraedit_kernels import Editor, EditRequest
+from ultraedit_kernels.method.protect import FEWER, LONG_BATCH, LONG_TEXT
+from ultraedit_kernels.model.encoding import Sequence, encode
+from ultraedit_kernels.model.presets import PAPER, resolve_modules
+from ultraedit_kernels.settings import TABLE
+
+LLAMA: dict[str, Any] = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 128256}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1b": LLAMA
+    | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16)
+    | dict(num_attention_heads=32, num_key_value_heads=8, head_dim=64),
+    "llama-8b": LLAMA
+    | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    | dict(num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False),
+    "llama-70b": LLAMA
+    | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
+    | dict(num_attention_heads=64, num_key_value_heads=8, tie_word_embeddings=False),
+}
+RANKS = {"llama-8b": 1, "llama-70b": 8}
+"""Models of which the memory is told by formula, and among how many ranks they are divided."""
+FEW = 5
+"""Times that a forward pass is timed."""
+HALF = 2
+"""Bytes of a weight."""
+
+
+def seconds() -> float:
+    """A clock: of all this process has computed on a CPU, of the wall on a GPU."""
+    return machine.clock() if machine.GPU else time.process_time()
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds that it took, and its result."""
+    begun = seconds()
+    result = run()
+    return seconds() - begun, result
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer; a random model has SmolLM2's tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = checkpoint("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if name == "smollm2":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    else:
+        ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+        config = AutoConfig.for_model(**SHAPES[name], **ends)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.to(machine.DEVICE).eval().requires_grad_(False), tokenizer
+
+
+def sequences_of(tokenizer: Any, edits: Iterable[EditRequest]) -> list[Sequence]:
+    """The edits as tokens."""
+    return [encode(tokenizer, edit.prompt, edit.target) for edit in edits]
+
+
+@torch.no_grad()
+def forward(model: Any, sequences: list[Sequence], size: int) -> float:
+    """Seconds of the sequences' tokens once through the model, in batches of that size, with logits
+    at the answer positions only."""
+    parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
+    batches = [baselines.pad(part, machine.DEVICE) for part in parts]
+
+    def run() -> None:
+        for ids, mask, answer in batches:
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+            model.get_output_embeddings()(hidden[answer])
+
+    run()
+    return statistics.median(timed(run)[0] for _ in range(FEW))
+
+
+def published(model: Any, modules: list[str], sequences: list[Sequence]) -> float:
+    """Seconds of the published method's arithmetic: full backward passes, and a d_in × d_in solve
+    for each module."""
+    size = PAPER["batch_size"]
+
+    def run() -> None:
+        parts = [
+            baselines.capture(model, sequences[i : i + size], modules)
+            for i in range(0, len(sequences), size)
+        ]
+        for name in modules:
+            weight = model.get_submodule(name).weight.detach().to(torch.float32, copy=True)
+            keys, grads = (torch.cat([p[name][i] for p in parts]).float() for i in (0, 1))
+            none = torch.zeros(keys.shape[1] + grads.shape[1], device=keys.device)
+            moments = baselines.Moments(0.0, none, none)
+            baselines.turn_(weight, keys, grads, moments, PAPER["lr"], PAPER["ridge"])
+
+    return timed(run)[0]
+
+
+def held(editor: Editor) -> int:
+    """Bytes that an editor holds between turns, besides the model."""
+    anchors = editor.memory.anchors
+    kept: list[Tensor] = [*editor.versions.pristine.values(), *anchors.watch.tensors().values()]
+    kept += [*anchors.keys.values(), *anchors.outputs.values()]
+    for stats in editor.statistics.values():
+        kept += [stats.count, stats.mean, stats.m2]
+    return sum(one.numel() * one.element_size() for one in kept)
+
+
+def held_by_formula(shapes: Mapping[str, tuple[int, int]], ranks: int = 1) -> int:
+    """The same from shapes, module → (d_out, d_in), of one of so many ranks: each module's
+    untouched weight, its shield of as many float64 rows as there may be, and statistics."""
+    rows = TABLE["anchor_rows"].default
+    return sum(
+        d_out * d_in * HALF // ranks + min(rows, d_in) * d_in * 8 + 2 * 4 * (d_out + d_in)
+        for d_out, d_in in shapes.values()
+    )
+
+
+def most_by_formula(shapes: Mapping[str, tuple[int, int]], ranks: int = 1) -> dict[str, int]:
+    """Bytes that a turn holds besides, a copy of the edited weights, in a server another one; and
+    gathering, once: the second moments of keys, and what an eigendecomposition takes."""
+    weights = sum(d_out * d_in * HALF // ranks for d_out, d_in in shapes.values())
+    moments = sum(d_in**2 * 8 for _, d_in in shapes.values())
+    largest = max(d_in for _, d_in in shapes.values())
+    return {"turn": weights, "shadow": weights, "gathering": moments + 3 * largest**2 * 8}
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, int]]:
+    """Module → (d_out, d_in) of those that are edited by default."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name]))
+    names = resolve_modules(model, model.config, "auto")
+    return {n: tuple(model.get_submodule(n).weight.shape) for n in names}
+
+
+def measured(name: str, count: int, anchors: int) -> dict[str, Any]:
+    """The row of a model that runs here."""
+    os.environ["ULTRAEDIT_CACHE"] = ""
+    model, tokenizer = load(name)
+    facts = World.earth().edits(count + 2, seed=1)
+    edits = [EditRequest(fact["prompt"], fact["target"]) for fact in facts]
+    editor = Editor(model, tokenizer, anchors=anchors, max_lost=1.0, max_change=1e6)
+    shapes = {n: (w.shape[0], w.shape[1]) for n, w in editor.weights.items()}
+    texts = [Sequence([5], [7] * LONG_TEXT)] * -(-anchors // FEWER)
+
+    start, _ = timed(editor.prepare)
+    after_start = held(editor)
+    editor.apply(edits[:1])  # what is made once is made
+    one, _ = timed(lambda: editor.apply(edits[1:2]))
+    turn, (result, peak, _) = timed(
+        lambda: machine.peak_extra_memory(lambda: editor.apply(edits[2:]))
+    )
+    whole, single = sequences_of(tokenizer, edits[2:]), sequences_of(tokenizer, edits[1:2])
+    base = forward(model, whole, editor.settings.batch_size)
+    took = result.timings
+    row = {
+        "edits": count,
+        "anchors": anchors,
+        "held": sum(edit.succeeded for edit in result.edits),
+        "forward_ms": base * 1e3,
+        "start_s": start,
+        "start_x": start / forward(model, texts, LONG_BATCH),
+        "edit_s": one,
+        "edit_x": one / forward(model, single, 1),
+        "turn_s": turn,
+        "turn_x": turn / base,
+        "turn_rounds": max(edit.rounds for edit in result.edits),
+        # Of the clock: guards, copies, digest, journal.
+        "fixed_share": 1 - (took["capture_ms"] + took["solve_ms"]) / took["total_ms"],
+        "commit_share": took["commit_ms"] / took["total_ms"],
+        "held_bytes": after_start,
+        "held_bytes_formula": held_by_formula(shapes),
+        "peak_bytes": peak,
+    }
+    editor.rollback(0)
+    there = published(model, list(shapes), whole)
+    return row | {"published_s": there, "published_x": there / base}
+
+
+def by_formula(name: str) -> dict[str, Any]:
+    """The row of a model that does not."""
+    shapes, ranks = shapes_of(name), RANKS[name]
+    most = most_by_formula(shapes, ranks)
+    kept = held_by_formula(shapes, ranks)
+    return {
+        "ranks": ranks,
+        "held_bytes_formula": kept,
+        "server_bytes_formula": kept + most["shadow"],
+        "turn_bytes_formula": most["turn"],
+        "gathering_bytes_formula": most["gathering"],
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to the file; a model's earlier one of the same version and machine goes."""
+    old = list(csv.DictReader(path.open())) if path.exists() else []
+    key = ("model", "ultraedit_kernels", "hardware")
+    new = {tuple(str(row[k]) for k in key) for row in rows}
+    every = [row for row in old if tuple(row[k] for k in key) not in new] + rows
+    columns = list(dict.fromkeys(name for row in every for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(every)
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", default="smollm2", help="those to measure, by commas")
+    parser.add_argument("--edits", type=int, default=100, help="in the large turn")
+    parser.add_argument("--anchors", type=int, default=TABLE["anchors"].default)
+    parser.add_argument("--output", type=Path, default=RESULTS / "scale.csv")
+    options = parser.parse_args()
+    rows = [
+        {"model": name} | measured(name, options.edits, options.anchors)
+        for name in options.models.split(",")
+        if name
+    ]
+    rows += [{"model": name} | by_formula(name) for name in RANKS]
+    made = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **machine.conditions()}
+    rows = [
+        {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items()} | made
+        for row in rows
+    ]
+    write(options.output, rows)
+    for row in rows:
+        print(*(f"{n} {v}" for n, v in row.items() if n not in made), sep=", ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The scale bench: its formulas, and the file of rows."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import scale
+from ultraedit_kernels import Editor, EditRequest
+
+MODULES = ["model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"]
+
+
+def test_the_formula_is_what_an_editor_holds(model, tokenizer, monkeypatch) -> None:
+    monkeypatch.setenv("ULTRAEDIT_CACHE", "")
+    half = model.bfloat16()
+    editor = Editor(half, tokenizer, modules=MODULES, anchors=120)
+    editor.prepare()
+    shapes = {name: tuple(weight.shape) for name, weight in editor.weights.items()}
+    watched = sum(
+        t.numel() * t.element_size() for t in editor.memory.anchors.watch.tensors().values()
+    )
+    outputs = sum(rows.numel() * 8 for rows in editor.memory.anchors.outputs.values())
+    got = scale.held(editor) - watched - outputs  # which edits at names have nearly none of
+    assert got == pytest.approx(scale.held_by_formula(shapes), rel=0.01)
+
+
+def test_memory_at_the_shapes_of_llama_3_8b() -> None:
+    shapes = scale.shapes_of("llama-8b")
+    assert set(shapes.values()) == {(4096, 14336)}
+    row = scale.by_formula("llama-8b")
+    each = 4096 * 14336 * 2 + 1024 * 14336 * 8 + 8 * (4096 + 14336)
+    assert row["held_bytes_formula"] == len(shapes) * each
+    assert row["turn_bytes_formula"] == len(shapes) * 4096 * 14336 * 2
+    assert scale.by_formula("llama-70b")["ranks"] == 8
+
+
+def test_a_row_replaces_that_of_the_same_version_and_machine(tmp_path: Path) -> None:
+    file = tmp_path / "scale.csv"
+    where = {"ultraedit_kernels": "1", "hardware": "a"}
+    scale.write(file, [{"model": "x", "edit_x": "3", **where}, {"model": "y", **where}])
+    scale.write(file, [{"model": "x", "edit_x": "2", "turn_x": "5", **where}])
+    scale.write(file, [{"model": "x", "edit_x": "1", **where, "ultraedit_kernels": "2"}])
+    rows = list(csv.DictReader(file.open()))
+    assert [(r["model"], r["edit_x"], r["ultraedit_kernels"]) for r in rows] == [
+        ("y", "", "1"),
+        ("x", "2", "1"),
+        ("x", "1", "2"),
+    ]
+
+
+def test_the_published_arithmetic_leaves_the_model_as_it_is(model, tokenizer) -> None:
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    sequences = scale.sequences_of(tokenizer, [EditRequest("The capital of France is", "Rome")])
+    assert scale.published(model, MODULES, sequences) > 0
+    assert scale.forward(model, sequences, 1) > 0
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
