@@ -76,6 +76,25 @@ def _configs(sizes: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     }
 
 
+SHARED = "model.layers.1.shared_mlp.output_linear"
+
+
+def _granite_hybrid(sizes: dict[str, Any]) -> Any:
+    """Granite 4 with Mamba layers, whose `A_log` vLLM keeps in another form."""
+    import transformers as t
+
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2}
+    mamba |= {"mamba_n_groups": 1, "mamba_chunk_size": 16}
+    return t.GraniteMoeHybridConfig(
+        **{k: v for k, v in sizes.items() if k != "head_dim"},
+        **mamba,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=128,
+        layer_types=["mamba", "attention"] * 2,
+    )
+
+
 FAMILIES = [
     "llama",
     "llama-attention",
@@ -117,6 +136,8 @@ def results(
     cases["mistral-both"] = mistral | {"refused": True}
     as_hf = {name.replace("-", "_"): value for name, value in MISTRAL_AS_HF.items()}
     cases["mistral-both-as-hf"] = mistral | {"options": as_hf}
+    granite = save_model(root / "granite-4-h", _granite_hybrid(tiny_sizes))
+    cases["granite-4-h"] = {"path": str(granite), "module": SHARED, "refused": True}
     options = {"kv_cache_dtype": "fp8_e5m2", "max_model_len": 64}
     cases["facts-fp8-cache"] = {"path": str(BUNDLED), "module": FACTS_DOWN, "options": options}
     for name in ("llama-logits", "falcon-reordered", "facts-fp8-cache"):
@@ -197,6 +218,7 @@ def test_publish_reaches_the_engine_at_once(results: Any, family: str) -> None:
     ("case", "reason"),
     [
         ("llama-packed", "packed the weight for the CPU .* `ultraedit serve`"),
+        ("granite-4-h", r"keeps 2 of .* model\.layers\.0\.mamba\.A_log .*is not supported"),
         (
             "mistral-both",
             "its own format.*--tokenizer-mode hf --config-format hf --load-format hf$",
