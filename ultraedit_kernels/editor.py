@@ -250,13 +250,12 @@ class Editor:
         self, delta: EditDelta, note: dict[str, Any] | None = None, commit: bool = True
     ) -> Generator[Phase, None, TurnResult]:
         """As `apply_delta`, as a generator like `steps`."""
-        clock = Clock()
+        clock, committed = Clock(), False
         delta.check_base(self.versions.base, self.versions.dtype)
         guards.check_delta(delta, self.weights)
         self.prepare()
         lost = yield from self._lost_before()
         start = self.versions.copies()
-        committed = False
         try:
             for name, factor in delta.factors.items():
                 factor.apply(self.weights[name])
