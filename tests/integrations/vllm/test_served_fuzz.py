@@ -71,10 +71,14 @@ templates = st.builds(
     begins=st.sampled_from(["{{ bos_token }}", "", "{{ bos_token }}\n"]),
     ends=st.sampled_from(["", "\n", "<|pad|>"]),
 )
-TARGETS = [
-    *("Osaka", " Osaka", "Osaka\n", "Kobe. It is", "Osaka\n\nKobe", "1987", "\u5927\u962a"),
-    *('"Osaka"', "Osaka</s>", "<think>Kobe", "x</think>Osaka", "[THINK]Kobe", EMPTY + "Osaka"),
-]
+THOUGHTFUL = ("<think>Kobe", "x</think>Osaka", "Osaka</s>", "[THINK]Kobe", EMPTY + "Osaka")
+targets = st.sampled_from(
+    [
+        *("Osaka", " Osaka", "Osaka\n", "Kobe. It is", "Osaka\n\nKobe"),
+        *THOUGHTFUL,
+        *("1987", "\u5927\u962a", '"Osaka"'),
+    ]
+)
 answers = st.sampled_from(
     ["taught", "goes on", "another", "none", "thinks first", "never stops thinking", "cut"]
 )
@@ -141,7 +145,7 @@ def given_by(answer: str, taught: list[int], stops: list[int], tokenizer: Any) -
 )
 @given(
     template=templates,
-    target=st.sampled_from(TARGETS),
+    target=targets,
     parser=st.sampled_from([None, "deepseek_r1", "qwen3"]),
     arguments=st.sampled_from([{}, {"enable_thinking": False}, {"enable_thinking": True}]),
     before=st.sampled_from(["nothing", "a system prompt", "an answer"]),
