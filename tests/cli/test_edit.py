@@ -333,7 +333,14 @@ def test_an_interruption_leaves_nothing_behind(edits: Path, tmp_path: Path, ther
         out.mkdir()
     command = [sys.executable, "-m", "ultraedit_kernels.cli", "edit", MODEL, edits, "-o", out]
     environment = os.environ | {"ULTRAEDIT_CACHE": str(cache), "FORCE_COLOR": "1"}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+
+    def listens() -> None:
+        """What is started in the background is born deaf to it."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, preexec_fn=listens
+    ) as process:
         assert process.stderr is not None
         shown = b""
         while b"gathering what edits must leave alone" not in shown:
