@@ -121,7 +121,7 @@ class Service:
         timings = {"queue_ms": 0.0, "pause_ms": 0.0, **done.timings}
         score = {"score": None, "prompts": []}
         answer = {"version": done.version, "edits": edits, "specificity": score}
-        return answer | {"timings": timings, "rejected": done.rejected}
+        return answer | {"timings": timings, "rejected": done.rejected, "protected": 1.0}
 
     @asynccontextmanager
     async def turn(self, key: str | None = None) -> Any:
@@ -138,14 +138,23 @@ class Service:
 
     async def history(self, limit: int, before: int | None) -> dict[str, Any]:
         entries = [
-            e for e in reversed(self.editor.history()) if before is None or e["version"] < before
+            e | {"answers": None}
+            for e in reversed(self.editor.history())
+            if before is None or e["version"] < before
         ]
         return {"entries": entries[:limit], "has_more": len(entries) > limit}
+
+    def changes(self) -> list[dict[str, Any]]:
+        return []
 
     async def status(self, digest: bool) -> list[dict[str, Any]]:
         own = self.editor.digest() if digest else None
         status = await Turn(self, []).status()
-        return [status | {"engine": 0, "rank": 0, "digest": own, "turn": False, "traffic_keys": 0}]
+        return [
+            status
+            | {"engine": 0, "rank": 0, "digest": own, "turn": False, "traffic_keys": 0}
+            | {"gathered": 1.0}
+        ]
 
     async def delta(self, version: int) -> bytes:
         if not 0 < version <= self.editor.version:

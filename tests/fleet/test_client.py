@@ -158,6 +158,7 @@ def test_waiting_ends_when_the_server_is_there(serve: Callable[..., LocalServer]
 def test_a_lost_answer_is_asked_for_again_with_the_same_key() -> None:
     lost = httpx.ReadError("gone")
     answer = {"version": 1, "edits": [], "specificity": {"score": None, "prompts": []}}
+    answer["protected"] = 1.0
     answer["timings"] = dict.fromkeys(
         ("queue_ms", "capture_ms", "solve_ms", "commit_ms", "pause_ms", "total_ms"), 0.0
     )
@@ -194,6 +195,7 @@ def test_what_is_no_such_server_is_said(response: httpx.Response, message: str) 
 def test_ranks_that_differ_are_an_answer_and_an_error_is_none() -> None:
     rank = {"engine": 0, "rank": 0, "version": 1, "digest": None}
     health = {"status": "diverged", "version": 1, "turn": False, "traffic_keys": 0}
+    health |= {"queue": [], "gathered": 1.0}
     error = {"message": "asleep", "type": "ServiceUnavailableError", "param": None, "code": 503}
     wire, _ = answering(
         httpx.Response(503, json=health | {"ranks": [rank]}),
