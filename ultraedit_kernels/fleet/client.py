@@ -250,9 +250,10 @@ class AsyncClient(_Shared):
         last: ServerError | Health
         while True:
             try:
-                last = await self._send(calls.health(False), tries=1)
-                if not last.turn:
-                    return last
+                found: Health = await self._send(calls.health(False), tries=1)
+                if not found.turn:
+                    return found
+                last = found
             except ServerError as error:
                 if not _passes(error):
                     raise

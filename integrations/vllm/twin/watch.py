@@ -27,7 +27,7 @@ class Watch:
 
     def __init__(self, live: Mapping[str, Any], layers: Iterable[nn.Module]) -> None:
         self._live = live
-        self._places = [(layer, storage(layer.weight)) for layer in layers]  # type: ignore[arg-type]
+        self._places = [(layer, storage(layer.weight)) for layer in layers]
         self.asleep = False
         self.note()
 
