@@ -93,11 +93,17 @@ def check_rollback_fault(server: Server, place: int, where: str, version: int = 
 
 
 def check_divergence(server: Server, place: int) -> None:
-    """Health shows that one place serves something else, until a rollback mends it."""
+    """Health shows that one place serves something else, which no change is written over, until
+    the checkpoint's weights are loaded again."""
     server.edit(AUSTRALIA)
     assert health(server)[0] == 200
     call_workers(server, "ultraedit_scribble", place)
     assert health(server)[0] == 503
+    refused = server.client.post("/v1/edits/rollback", json={"version": 0})
+    assert refused.status_code == 500 and "reload_weights" in refused.text
+    assert health(server)[0] == 503
+    call_workers(server, "reload_weights")
+    assert health(server)[0] == 200
     server.rollback(0)
     assert health(server)[0] == 200
 
