@@ -58,7 +58,7 @@ class Gathering:
     Attributes:
         edits_before: what the stream of an edited checkpoint taught, and is to be held too.
         found: what there is that nobody has taken yet, the best last. Another thread may add to it.
-        written: share of the texts that is written.
+        written: share of the texts that is written; 1 once all protect.
         done: whether all that is wanted was found.
     """
 
@@ -118,7 +118,7 @@ class Gathering:
             count, how = -(-count // FEWER), (LONG_TEXT, LONG_BATCH)
         depends_on, first = self._depends_on(model, tokenizer), True
         for share, texts in own_texts(model, tokenizer, count, self._seed, *how):
-            self.written = share
+            self.written = share if share < 1 else self.written  # the last ones are to be read, too
             yield Phase.ANCHORS
             if texts:
                 own.add(model, texts)
@@ -141,7 +141,8 @@ class Gathering:
 
     def _add(self, found: Found) -> None:
         self.found.append(found)
-        self.done = found.share == 1
+        if found.share == 1:
+            self.done, self.written = True, 1.0
 
     def _weights_of(self, model: Any) -> dict[str, Any]:
         """Those that it runs with: of a divided model, this rank's."""

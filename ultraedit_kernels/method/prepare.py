@@ -69,6 +69,8 @@ class Preparation:
             for _ in self.gather(self._model) if gather else ():
                 if told is not None:
                     told(gathering.written)
+            if told is not None:
+                told(1.0)
         finally:
             versions.write(now)
         self._begun = True

@@ -287,7 +287,12 @@ def test_every_setting_with_a_flag_is_an_option(
             assert f"--edit-{name.replace('_', '-')}" not in told
             continue
         assert setting.serve in told
-        other = {"--edit-lr": 0.5, "--edit-stretch": 2.5, "--edit-modules": ["a.b"]}
+        other = {
+            "--edit-lr": 0.5,
+            "--edit-stretch": 2.5,
+            "--edit-gather-share": 0.5,
+            "--edit-modules": ["a.b"],
+        }
         expected = other.get(setting.serve, 7)
         if isinstance(setting.default, bool):
             options, expected = [setting.serve], not setting.default
