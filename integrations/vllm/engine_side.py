@@ -314,12 +314,13 @@ class EngineSide:
     @rpc
     def status(self, digest: bool) -> Status:
         """What is served; the digest is that of the weights which are live."""
+        newest = self.editor.version
         if digest:
             self.twin.watch.look()
         return {
             "version": self.live,
             "foreign": self.twin.watch.foreign,
-            "newest": self.editor.version,
+            "newest": newest,
             "recorded": self.recorded,
             "digest": digest_all(self.twin.live) if digest else None,
             "turn": self.turn is not None,

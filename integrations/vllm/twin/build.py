@@ -115,7 +115,7 @@ class Twin:
         """
         gaps = [abs(a - b) for a, b in zip(self.logprobs(token_ids, mode), served, strict=True)]
         difference = sum(gaps) / len(gaps)
-        dtype = next(iter(self.live.values())).dtype
+        dtype = next(iter(self.live.values()), next(self.model.parameters())).dtype
         tolerance, cause = TOLERANCE.get(dtype, HALF_TOLERANCE), ""
         if cache_dtype != "auto":
             tolerance = max(tolerance, CACHE_TOLERANCE)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -253,9 +255,27 @@ def test_the_form_is_kept_over_a_reload(screen: Screen) -> None:
 # While things happen
 
 
+@contextmanager
+def busy(server: Any, clients: int, *edits: dict[str, Any]) -> Iterator[None]:
+    """Dry runs of several clients, each one after the other, while the block runs."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            server.edit(*edits, dry_run=True)
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        runs = [pool.submit(run) for _ in range(clients)]
+        try:
+            yield
+        finally:
+            ended.set()
+        for each in runs:
+            each.result()
+
+
 def test_the_page_goes_on_while_an_edit_waits(screen: Screen, server: Any) -> None:
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        runs = [pool.submit(server.edit, CAPITAL, QUESTION, dry_run=True) for _ in range(6)]
+    with busy(server, 6, CAPITAL, QUESTION):
         screen.wait(lambda: len(screen.all("#queue li")) > 2)
         assert screen.text("#queue li").startswith("dry run of 2 edits, under way")
         fill(screen)
@@ -264,8 +284,6 @@ def test_the_page_goes_on_while_an_edit_waits(screen: Screen, server: Any) -> No
         screen.type("locality", "typed meanwhile")
         screen.click('#form button[value="edit"]')  # is not sent twice
         screen.wait_for("#queue", "turn of 1 edit, waiting")
-        for run in runs:
-            run.result()
     screen.wait_for("#result-heading", "Version 1 was made")
     screen.wait_for("#queue-text", "Nothing is under way.")
     assert screen.value("locality") == "typed meanwhile"
@@ -322,15 +340,12 @@ def test_an_edit_whose_answer_is_lost_is_made_once(server: Any, driver: Any, rel
     line = Line(urlsplit(server.url).port or 0)
     screen = Screen(driver, line.url).open(API_KEY)
     fill(screen)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        runs = [pool.submit(server.edit, QUESTION, dry_run=True) for _ in range(4)]
+    with busy(server, 4, QUESTION):
         screen.wait(lambda: len(screen.all("#queue li")) > 1)
         screen.click('#form button[value="edit"]')
         screen.wait_for("#queue", "turn of 1 edit, waiting")
         line.cut()
         screen.wait_for("#pending", "its answer was lost")
-        for run in runs:
-            run.result()
     line.mend()
     driver.refresh() if reload else screen.click("#retry")
     screen.wait_for("#served", "Serving version")

@@ -221,7 +221,7 @@ def test_publish_reaches_the_engine_at_once(results: Any, family: str) -> None:
         ("granite-4-h", r"keeps 2 of .* model\.layers\.0\.mamba\.A_log .*is not supported"),
         (
             "mistral-both",
-            "its own format.*--tokenizer-mode hf --config-format hf --load-format hf$",
+            "Mistral's own format.*--tokenizer-mode hf --config-format hf --load-format hf$",
         ),
     ],
 )
