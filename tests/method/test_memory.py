@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ultraedit_kernels import EditDelta, Statistics
 from ultraedit_kernels.method.memory import Memory, TurnMemory, decode_statistics, load_stream
+from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.method.repair import Watch
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.store.journal import Entry, Journal
@@ -127,3 +130,15 @@ def test_a_stream_file_goes_on(tmp_path):
 def test_keys_that_do_not_fit_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         memory().hold_still(keys)
+
+
+@pytest.mark.parametrize(("known", "taken"), [(2, True), (9, False)])
+def test_leads_of_a_turn_that_watched_other_texts_are_left_out(known: int, taken: bool):
+    remembered, kept = memory(texts=4), turn()
+    remembered.take(kept, Anchors.empty(WEIGHTS))
+    remembered.take(kept, remembered.after(kept))
+    later = replace(turn(), leads=torch.full((2, known), 7.0))
+    watch = remembered.after(later).watch
+    assert len(watch) == 2
+    expected = torch.full((2,), 7.0) if taken else kept.watch.lead
+    assert torch.equal(watch.lead, torch.cat([expected, later.watch.lead]))

@@ -283,8 +283,11 @@ class Memory:
         if not self._texts:
             return anchors
         anchors = anchors.hold(turn.keys, self._ridge, self._rows, HELD_WEIGHT)
-        watch = anchors.watch.join(turn.watch)
-        watch = watch.with_leads(turn.leads).without(turn.released)
+        watch, known = anchors.watch.join(turn.watch), turn.leads.shape[1]
+        # Not of a turn that watched other texts than are there now: fewer, while they were
+        # gathered, or more, before a restart.
+        if len(anchors.watch.lead) <= known <= len(watch.lead):
+            watch = watch.with_leads(turn.leads).without(turn.released)
         surplus = range(watch.own, len(watch) - WATCHED_EDITS)
         return replace(anchors, watch=watch.without(surplus))
 
