@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ def run(directory: Path, what: str) -> list[dict[str, Any]]:
             pass
         digests.append(one.digest())
 
+    for thread in threading.enumerate():  # a forked process has none of them
+        if thread.name.startswith("ultraedit-digest"):
+            thread.join()
     kept = shutil.copytree(made, directory / "kept")
     runs: list[dict[str, Any]] = []
     while not runs or runs[-1]["killed at"] is not None:
