@@ -2,10 +2,11 @@
 
 Usage, from the repository root:
 
-    python -m bench.chat [smollm2 | FOLDER | FILE.gguf] [--facts N] [--dtype float32]
+    python -m bench.chat [smollm2 | FOLDER | FILE.gguf] [--short] [--facts N]
 
-Each fact is one edit of the untouched model by the defaults, as a user's question and a short
-answer; then it is asked in `WAYS`, and the general questions of questions.txt are asked again.
+Each fact is one edit of the untouched model by the defaults, as a user's question and an answer, a
+sentence as models give or with --short one of few words; then it is asked in `ways`, and the
+general questions of questions.txt are asked again.
 Writes bench/results/chat-MODEL.json.
 """
 
@@ -66,7 +67,12 @@ def ways(question: str, what: str) -> list[list[dict[str, str]]]:
     ]
 
 
-def measure(name: str, count: int, dtype: str) -> dict[str, Any]:
+def sentence(what: str, new: str) -> str:
+    """The answer as a model would give it."""
+    return f"{what[0].upper()}{what[1:]} is {new}."
+
+
+def measure(name: str, count: int, dtype: str, short: bool) -> dict[str, Any]:
     """All facts, one after the other, each on the untouched model."""
     model, tokenizer = load(str(checkpoint(name)) if name in PACKAGES else name, dtype)
     lines = (HERE / "questions.txt").read_text(encoding="utf-8").splitlines()
@@ -76,7 +82,8 @@ def measure(name: str, count: int, dtype: str) -> dict[str, Any]:
     editor.prepare()
     rows: list[dict[str, Any]] = []
     for question, what, new in FACTS[:count]:
-        result = editor.apply([EditRequest(turns(question), new)])
+        target = new if short else sentence(what, new)
+        result = editor.apply([EditRequest(turns(question), target)])
         asked = [turns(question), *ways(question, what)]
         ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
         said = [
@@ -87,7 +94,7 @@ def measure(name: str, count: int, dtype: str) -> dict[str, Any]:
         rows.append(
             {
                 "question": question,
-                "target": new,
+                "target": target,
                 "held": result.edits[0].succeeded,
                 "rounds": result.edits[0].rounds,
                 "milliseconds": result.timings["total_ms"],
@@ -117,10 +124,15 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--facts", type=int, default=len(FACTS))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--short", action="store_true", help="teach answers of few words")
     args = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    found = measure(args.model, args.facts, args.dtype)
-    path = HERE / "results" / f"chat-{found['model'].removesuffix('.gguf')}.json"
+    found = measure(args.model, args.facts, args.dtype, args.short)
+    path = (
+        HERE
+        / "results"
+        / f"chat-{found['model'].removesuffix('.gguf')}{'-short' * args.short}.json"
+    )
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"shows in {found['shows']:.0%} of the ways; {path}")
 
