@@ -316,8 +316,8 @@ async def health(request: Request, digest: bool = False) -> Response:
     """
     service = _service(request)
     ranks = await service.status(digest)
-    record = await _record(service, ranks[0]["version"]) if digest else None
-    found = Health.of(ranks, record["digest"] if record else None, service.changes())
+    recorded = ranks[0]["recorded"] if digest and ranks[0]["version"] else None
+    found = Health.of(ranks, recorded, service.changes())
     return JSONResponse(found.model_dump(), 200 if found.status == "ok" else 503)
 
 

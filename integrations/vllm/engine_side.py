@@ -227,7 +227,7 @@ class EngineSide:
         ours = self._ours(turn)
 
         def replay() -> None:
-            ours.start = {name: weight.clone() for name, weight in editor.weights.items()}
+            ours.start = editor.versions.copies()
             ours.replayed = version, work.replay(editor, ours.start, version)
 
         return self._work(turn, work.private(replay))

@@ -48,13 +48,8 @@ def try_edit(
 ) -> Generator[str, None, Result]:
     """Edits on the shadow, what it then answers, and the shadow as it was."""
     done = yield from editor.steps(requests, commit=False)
-    before = {name: weight.clone() for name, weight in editor.weights.items()}
-    try:
-        for name, factor in done.delta.factors.items():
-            factor.apply(editor.weights[name])
+    with editor.versions.changed(done.delta):
         answers = yield from _answers(editor, probes, penalties)
-    finally:
-        editor.versions.write(before)
     return _result(done) | {"answers": answers}
 
 
@@ -76,14 +71,9 @@ def _apply_delta(
 
 def _try_delta(editor: Editor, delta: EditDelta) -> Generator[str, None, Result]:
     done = yield from editor.delta_steps(delta, commit=False)
-    before = {name: weight.clone() for name, weight in editor.weights.items()}
-    try:
-        for name, factor in delta.factors.items():
-            factor.apply(editor.weights[name])
+    with editor.versions.changed(delta):
         yield PRIVATE
         digest = editor.digest()
-    finally:
-        editor.versions.write(before)
     return _result(done) | {"digest": digest}
 
 

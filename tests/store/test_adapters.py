@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ultraedit_kernels.store import adapters
+from ultraedit_kernels.store import adapters, files
 from ultraedit_kernels.store.delta import EditDelta, LowRank
 
 DOWN, GATE = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.gate_proj"
@@ -166,18 +166,19 @@ def test_families_have_a_name_in_gguf(model_type: str) -> None:
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    def fail(folder: Path) -> None:
+    with pytest.raises(OSError, match="no room"), files.whole_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("half")
         raise OSError("no room")
-
-    with pytest.raises(OSError, match="no room"):
-        adapters.whole_folder(tmp_path / "out", fail)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
-    adapters.whole_folder(tmp_path / "out", lambda folder: (folder / "one").touch())
+    with files.whole_folder(tmp_path / "out") as folder:
+        (folder / "one").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["one"]
-    with pytest.raises(ValueError, match="not an empty directory"):
-        adapters.whole_folder(tmp_path / "out", lambda folder: None)
+    with (
+        pytest.raises(ValueError, match="not an empty directory"),
+        files.whole_folder(tmp_path / "out"),
+    ):
+        pass
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

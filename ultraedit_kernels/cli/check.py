@@ -14,6 +14,7 @@ from ultraedit_kernels.cli.job import (
     check_edits,
     check_folder,
     load_model,
+    load_tokenizer,
     need_transformers,
     read_edits,
 )
@@ -172,20 +173,13 @@ def _check_server(
     limit: int | None,
     strict: bool,
 ) -> dict[str, Any]:
-    import transformers
-
     from ultraedit_kernels.evaluation.answers import ServedModel
     from ultraedit_kernels.evaluation.gate import check_served
 
     numbered = read_edits(tests, limit, strict)
     served = ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
     source = tokenizer_name or served.root or served.name
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"cannot load the tokenizer of {source}: {error}; name where it is with --tokenizer"
-        ) from error
+    tokenizer = load_tokenizer(source, "; name where it is with --tokenizer")
     requests = [r for _, r in check_edits(tests, numbered, tokenizer, None, strict)]
     if delta_file is None:
         return check_served(served, tokenizer, requests, None, limits=limits)

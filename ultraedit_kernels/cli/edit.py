@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +9,6 @@ import typer
 
 from ultraedit_kernels.cli.job import (
     check_folder,
-    check_new,
     load,
     make,
     need_transformers,
@@ -71,6 +67,7 @@ def edit(
     not hold; they are listed.
     """
     from ultraedit_kernels.model.wide import narrow
+    from ultraedit_kernels.store.files import check_new, whole_folder
 
     need_transformers()
     settings, arguments = editor_settings(given, published), template_arguments(template)
@@ -83,13 +80,13 @@ def edit(
                 "one of them; write the delta elsewhere"
             )
     job = load(model, edits, limit, strict, dtype, device, settings, arguments)
-    with _whole_or_nothing(out):
+    with whole_folder(out) as there:
         made = make(job, turn_size)
         others = _asked_elsewhere(job)
         with ERR.status(f"writing {out}"):
             if job.dtype is not None:
                 narrow(job.model, job.editor.modules, job.dtype)
-            save_checkpoint(job.model, job.shipped, job.editor, out)
+            save_checkpoint(job.model, job.shipped, job.editor, there)
             if delta is not None:
                 _save_delta(job.editor, delta)
 
@@ -98,21 +95,6 @@ def edit(
     OUT.print(f"checkpoint: {out}", soft_wrap=True)
     if delta is not None:
         OUT.print(f"delta:      {delta}", soft_wrap=True)
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[None]:
-    """A directory for the block to write to. Nothing of it is left if that fails or is
-    interrupted."""
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        if not new:
-            out.mkdir()
-        raise
 
 
 def _asked_elsewhere(job: Job) -> list[tuple[OtherForm, ...]]:
@@ -126,10 +108,8 @@ def _asked_elsewhere(job: Job) -> list[tuple[OtherForm, ...]]:
 def _save_delta(editor: Editor, file: Path) -> None:
     """Write the change of all turns."""
     from ultraedit_kernels.store.delta import EditDelta
+    from ultraedit_kernels.store.files import whole_file
 
     joined = EditDelta.join([editor.delta(v) for v in range(1, editor.version + 1)])
-    try:
-        joined.save(file)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
+    with whole_file(file) as part:
+        joined.save(part)

@@ -21,6 +21,7 @@ from ultraedit_kernels.cli.job import (
     check_edits,
     check_folder,
     load,
+    load_tokenizer,
     make,
     need_transformers,
     read_edits,
@@ -200,23 +201,14 @@ def _evaluate_server(
     json_file: str | None,
     arguments: dict[str, Any],
 ) -> None:
-    import transformers
 
     from ultraedit_kernels.evaluation import scores as metrics
     from ultraedit_kernels.evaluation.answers import ServedModel
     from ultraedit_kernels.model.chat import with_arguments
-    from ultraedit_kernels.model.gguf import is_gguf, load_gguf_tokenizer
 
     numbered = read_edits(edits, limit, strict)
     served = ServedModel.connect(url, os.environ.get("VLLM_API_KEY"))
-    try:
-        if is_gguf(model):
-            tokenizer = load_gguf_tokenizer(model)
-        else:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer of {model}: {error}") from error
-    tokenizer = with_arguments(tokenizer, arguments)
+    tokenizer = with_arguments(load_tokenizer(model), arguments)
     numbered = check_edits(edits, numbered, tokenizer, None, strict)
     requests = [request for _, request in numbered]
     with progress() as bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,6 @@ import typer
 
 from ultraedit_kernels.cli.job import (
     check_folder,
-    check_new,
     load_model,
     need_transformers,
     save_checkpoint,
@@ -69,6 +67,7 @@ def export(
     dtype: Dtype = "auto",
 ) -> None:
     """Write a change, or all of a server's, in a form that other software takes."""
+    from ultraedit_kernels.store.files import whole_file
     from ultraedit_kernels.store.sources import Versions, read_deltas
 
     if to not in FORMATS:
@@ -86,7 +85,8 @@ def export(
     delta = _joined(read_deltas(source, wanted))
     base = None if model is None else _base(model, dtype, delta)
     if to == "delta":
-        _write(out, delta.save)
+        with whole_file(out) as part:
+            delta.save(part)
         OUT.print(f"delta: {out}", soft_wrap=True)
         return
     _adapter(delta, to, out, base, model, rank, max_rank)
@@ -108,6 +108,7 @@ def merge(
     is written.
     """
     from ultraedit_kernels.store.delta import EditDelta
+    from ultraedit_kernels.store.files import whole_file
     from ultraedit_kernels.store.sources import conflicts, edits_of, read_deltas
 
     _check_out(out, folder=False)
@@ -115,7 +116,8 @@ def merge(
     for source in sources:
         read = read_deltas(source)
         deltas += read
-        names += [f"{source}, version {i}" if source.is_dir() else str(source) for i in _of(read)]
+        numbers = range(1, len(read) + 1)
+        names += [f"{source}, version {i}" if source.is_dir() else str(source) for i in numbers]
     try:
         joined = EditDelta.join(deltas)
     except ValueError as error:
@@ -132,12 +134,9 @@ def merge(
             f"{len(found)} conflict{'s' * (len(found) != 1)}, nothing is written; leave out one of "
             "each, or merge them as they are with --allow-conflicts"
         )
-    _write(out, joined.save)
+    with whole_file(out) as part:
+        joined.save(part)
     OUT.print(f"delta: {out}", soft_wrap=True)
-
-
-def _of(deltas: list[EditDelta]) -> range:
-    return range(1, len(deltas) + 1)
 
 
 def _foreign(deltas: list[EditDelta], names: list[str]) -> str:
@@ -154,22 +153,14 @@ def _joined(deltas: list[EditDelta]) -> EditDelta:
 
 def _check_out(out: Path, folder: bool) -> None:
     """Raise ValueError unless the output can be written there."""
+    from ultraedit_kernels.store.files import check_new
+
     if folder:
         check_new(out)
         return
     check_folder(out)
     if out.exists():
         raise ValueError(f"{out} exists, expected a new file; name another with -o")
-
-
-def _write(out: Path, save: Callable[[Path], None]) -> None:
-    """Write a file that is there whole or not at all."""
-    part = out.with_name(f".{out.name}.part")
-    try:
-        save(part)
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _base(name: str, dtype: str, delta: EditDelta) -> Any:
@@ -198,6 +189,7 @@ def _adapter(
     rank: int | None,
     max_rank: int | None,
 ) -> None:
+    from ultraedit_kernels.model.parallel import is_transposed
     from ultraedit_kernels.store import adapters
 
     adapters.need(*(("peft", "lora") if to == "lora" else ("gguf", "gguf")))
@@ -212,7 +204,7 @@ def _adapter(
         )
     if to == "lora":
         some = next(iter(factors))
-        transposed = model is not None and type(model.get_submodule(some)).__name__ == "Conv1D"
+        transposed = model is not None and is_transposed(model.get_submodule(some))
         adapters.write_lora(factors, out, name, transposed)
     else:
         adapters.write_gguf(factors, out, model.config)
@@ -245,7 +237,7 @@ def _report(factors: dict[str, Factors], to: str, out: Path, most: int, name: st
 def _checkpoint(source: Path, out: Path, name: str, versions: Versions | None, dtype: str) -> None:
     """Write the model as the versions up to one have made it."""
     from ultraedit_kernels.editor import Editor
-    from ultraedit_kernels.store.adapters import whole_folder
+    from ultraedit_kernels.store.files import whole_folder
     from ultraedit_kernels.store.sources import base_of, read_deltas
 
     if versions is not None and versions.first != 1:
@@ -266,5 +258,6 @@ def _checkpoint(source: Path, out: Path, name: str, versions: Versions | None, d
         model, tokenizer, _ = load_model(name, dtype, "cpu")
         editor = Editor(model, tokenizer, modules=list(delta.base), **settings)
         editor.apply_delta(delta)
-    whole_folder(out, lambda there: save_checkpoint(model, tokenizer, editor, there))
+    with whole_folder(out) as there:
+        save_checkpoint(model, tokenizer, editor, there)
     OUT.print(f"checkpoint: {out}", soft_wrap=True)

@@ -72,12 +72,6 @@ def check_folder(file: Path) -> None:
         raise ValueError(f"{file} is a directory, expected the name of a file")
 
 
-def check_new(out: Path) -> None:
-    """Raise ValueError unless a folder can be made there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty directory; name a new one with -o")
-
-
 def load(
     name: str,
     edits_file: Path,
@@ -141,6 +135,20 @@ def load_model(name: str, dtype: str, device: str | None) -> tuple[Any, Any, tor
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {name}: {error}") from error
     return model, tokenizer, place
+
+
+def load_tokenizer(name: str, remedy: str = "") -> Any:
+    """The tokenizer of a served model, from a folder, a hub id or a GGUF file."""
+    import transformers
+
+    from ultraedit_kernels.model.gguf import is_gguf, load_gguf_tokenizer
+
+    try:
+        if is_gguf(name):
+            return load_gguf_tokenizer(name)
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer of {name}: {error}{remedy}") from error
 
 
 def _widened(editor: Editor) -> torch.dtype | None:

@@ -75,14 +75,9 @@ def check_model(
     before = evaluate(*scored, before=neighbours)
     read = None if texts is None else General.of(model, tokenizer, texts, ())
     tried = editor.apply_delta(delta, commit=False)
-    start = {name: weight.clone() for name, weight in editor.weights.items()}
-    try:
-        for name, factor in delta.factors.items():
-            factor.apply(editor.weights[name])
+    with editor.versions.changed(delta):
         after = evaluate(*scored, before=neighbours)
         moved = None if read is None else read.measure(model, tokenizer)["prose"]
-    finally:
-        editor.versions.write(start)
     kl = {"neighbours": after["neighbours"]["kl"], "texts": moved and moved["kl"]}
     report = {"guards": tried.guards, "before": before, "after": after, "texts": moved, "kl": kl}
     return judged(report, tried.rejected, limits)

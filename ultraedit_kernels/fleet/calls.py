@@ -44,6 +44,7 @@ class ServerError(ValueError):
 
     Attributes:
         url: of the server.
+        message: the text without the URL.
         status: the HTTP status; None if no answer came, as from a server that is not there, and it
             is not known whether the request was served.
         param: the field of the request that is wrong, if one is.
@@ -59,7 +60,8 @@ class ServerError(ValueError):
         retry_after: float | None = None,
     ) -> None:
         super().__init__(f"{url}: {message}")
-        self.url, self.status, self.param, self.retry_after = url, status, param, retry_after
+        self.url, self.message, self.status = url, message, status
+        self.param, self.retry_after = param, retry_after
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class Fleet:
             try:
                 server = _look_at(client, delta, key, self._wait, tries)
             except ServerError as error:
-                server = str(error).removeprefix(f"{client.url}: ")
+                server = error.message
             told = server if isinstance(server, str) else f"checked, at version {server.version}"
             self._say(client.url, told)
             return server
@@ -257,7 +257,7 @@ class Fleet:
                     return Told("done")
                 return Told("refused", f"serves digest {answer.digest}, expected {digest}")
             except ServerError as error:
-                told = str(error).removeprefix(f"{client.url}: ")
+                told = error.message
                 if error.status is not None and error.status < 500 and error.status != 429:
                     return Told("refused", told)
                 if (left := deadline - time.monotonic()) <= 0:
@@ -267,7 +267,7 @@ class Fleet:
             try:
                 there = client.wait(max(deadline - time.monotonic(), 0.0))
             except ServerError as error:
-                return Told("lost", str(error).removeprefix(f"{client.url}: "))
+                return Told("lost", error.message)
             if there.digest == digest:
                 return Told("done")
 

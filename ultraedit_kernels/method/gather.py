@@ -33,7 +33,7 @@ from ultraedit_kernels.method.repair import Watch
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.model.parallel import agree, fingerprint, weight_of
 from ultraedit_kernels.store import cache
-from ultraedit_kernels.store.files import part
+from ultraedit_kernels.store.files import joined, part
 
 
 class Found(NamedTuple):
@@ -118,7 +118,8 @@ class Gathering:
             count, how = -(-count // FEWER), (LONG_TEXT, LONG_BATCH)
         depends_on, first = self._depends_on(model, tokenizer), True
         for share, texts in own_texts(model, tokenizer, count, self._seed, *how):
-            self.written = share if share < 1 else self.written  # the last ones are to be read, too
+            if share < 1:  # the last ones are to be read, too
+                self.written = share
             yield Phase.ANCHORS
             if texts:
                 own.add(model, texts)
@@ -127,7 +128,7 @@ class Gathering:
                 yield Phase.APART
                 anchors = own.anchors()
                 if share == 1:
-                    cache.save(depends_on, base, _tensors(anchors), {})
+                    cache.save(depends_on, base, joined(parts_of(anchors)), {})
                 yield from self._tell(model, anchors, share)
 
     def _tell(self, model: Any, anchors: Anchors, share: float) -> Generator[Phase, None, None]:
@@ -167,12 +168,6 @@ def parts_of(anchors: Anchors) -> dict[str, Mapping[str, Tensor]]:
         "shield.outputs": anchors.outputs,
         "watch": anchors.watch.tensors(),
     }
-
-
-def _tensors(anchors: Anchors) -> dict[str, Tensor]:
-    """Anchors as a file has them."""
-    named = parts_of(anchors).items()
-    return {f"{of}.{name}": tensor for of, rows in named for name, tensor in rows.items()}
 
 
 def anchors_of(tensors: Mapping[str, Tensor]) -> Anchors:

@@ -44,7 +44,7 @@ from ultraedit_kernels.model.parallel import agree
 from ultraedit_kernels.model.request import EditRequest
 from ultraedit_kernels.ops import checks
 from ultraedit_kernels.ops.statistics import Statistics, from_tensors, to_tensors
-from ultraedit_kernels.store.files import damage, part
+from ultraedit_kernels.store.files import damage, joined, part
 from ultraedit_kernels.store.journal import Entry, Journal, Snapshot
 
 STREAM = "ultraedit/stream.safetensors"
@@ -338,6 +338,4 @@ def _encode(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of statistics and of further tensors, by part and name."""
     tensors, d_in = to_tensors(statistics)
-    for name, named in parts.items():
-        tensors |= {f"{name}.{key}": tensor for key, tensor in named.items()}
-    return tensors, {"statistics_d_in": json.dumps(d_in)}
+    return tensors | joined(parts), {"statistics_d_in": json.dumps(d_in)}

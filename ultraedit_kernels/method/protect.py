@@ -154,10 +154,9 @@ class OwnKeys:
         for name, moment in self._moments.items():
             anchors.keys[name] = moment_shield(moment * weight, self._ridge, self._limit)
         mean = sum(float(f.diagonal().mean()) for f in self._fisher.values()) / len(self._fisher)
-        for name, fisher in self._fisher.items():
-            if mean > 0:
-                ridge = NAMES_OUTPUT_RIDGE * mean
-                anchors.outputs[name] = moment_shield(fisher, ridge, self._limit)
+        for name, fisher in self._fisher.items() if mean > 0 else ():
+            ridge = NAMES_OUTPUT_RIDGE * mean
+            anchors.outputs[name] = moment_shield(fisher, ridge, self._limit)
         sure = list(self._sure)
         watch = replace(anchors.watch, sequences=sure, own=len(sure))
         return replace(anchors, watch=watch)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,17 @@ class Versions:
     def copies(self) -> dict[str, Tensor]:
         """The weights as they are now, in memory of their own."""
         return {name: weight.clone() for name, weight in self._weights.items()}
+
+    @contextmanager
+    def changed(self, delta: EditDelta) -> Iterator[None]:
+        """Weights with a change, while the block runs."""
+        before = self.copies()
+        try:
+            for name, factor in delta.factors.items():
+                factor.apply(self._weights[name])
+            yield
+        finally:
+            self.write(before)
 
     def recall(self) -> None:
         """Let the memory recall what the turns of the newest version must leave as it is."""

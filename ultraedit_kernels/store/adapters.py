@@ -7,10 +7,7 @@ of the module's own change, or the wanted one if that is less.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ultraedit_kernels.store.delta import EditDelta, LowRank
+from ultraedit_kernels.store.files import whole_file, whole_folder
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
@@ -131,11 +129,9 @@ def write_lora(
         tensors[f"base_model.model.{name}.lora_A.weight"] = made.down
         tensors[f"base_model.model.{name}.lora_B.weight"] = made.up
 
-    def write(there: Path) -> None:
+    with whole_folder(folder) as there:
         config.save_pretrained(str(there))
         save_file(tensors, there / "adapter_model.safetensors", metadata={"format": "pt"})
-
-    whole_folder(folder, write)
 
 
 def write_gguf(factors: Mapping[str, Factors], file: Path, config: Any) -> None:
@@ -156,8 +152,7 @@ def write_gguf(factors: Mapping[str, Factors], file: Path, config: Any) -> None:
 
     names, architecture = gguf_names(list(factors), config)
     alpha = max(made.rank for made in factors.values())
-    temporary = file.with_name(f".{file.name}.part")
-    try:
+    with whole_file(file) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -171,9 +166,6 @@ def write_gguf(factors: Mapping[str, Factors], file: Path, config: Any) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def gguf_names(modules: list[str], config: Any) -> tuple[dict[str, str], str]:
@@ -198,24 +190,6 @@ def gguf_names(modules: list[str], config: Any) -> tuple[dict[str, str], str]:
             )
         names[module] = found
     return names, architecture
-
-
-def whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make a folder that is there whole or not at all.
-
-    Raises:
-        ValueError: there is something, other than an empty folder.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty directory; name a new one with -o")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
-    try:
-        write(part)
-        part.chmod(0o755)
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def need(package: str, extra: str) -> None:

@@ -10,7 +10,9 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -205,6 +207,48 @@ def sync(path: Path) -> None:
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name begins with a prefix, by the rest of their name."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by part and name, as a file names them: the inverse of `part`."""
+    return {f"{of}.{name}": t for of, named in parts.items() for name, t in named.items()}
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Another path for the block to write to, which becomes this one at its end; nothing is left
+    if it fails."""
+    own = path.with_name(f".{path.name}.part")
+    try:
+        yield own
+        own.replace(path)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder for the block to write to, which becomes this one at its end; nothing is left if it
+    fails.
+
+    Raises:
+        ValueError: there is something, other than an empty folder.
+    """
+    check_new(path)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+    try:
+        yield own
+        own.chmod(0o755)
+        own.replace(path)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def check_new(path: Path) -> None:
+    """Raise ValueError unless a folder can be made there."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty directory; name a new one with -o")
 
 
 @contextmanager

@@ -7,9 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hypothesis import HealthCheck, settings
+
 BUNDLED = Path(__file__).parents[3] / "bench" / "tiny-facts"
 THOUGHTS = {"Ā": "<think>", "ā": "</think>"}
 """Bytes that no text has, whose tokens mark thoughts instead."""
+FUZZ = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    derandomize=True,
+)
+"""Of inputs that each take a while, the same ones every time."""
 
 
 def facts_copy(folder: Path, **changes: Any) -> Path:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from tests.integrations.vllm.facts_server import BUNDLED, config_of, facts_copy, renderer_of
+from tests.integrations.vllm.facts_server import BUNDLED, FUZZ, config_of, facts_copy, renderer_of
 from ultraedit_kernels import Editor
 from ultraedit_kernels.integrations.vllm.answers import answer_of, content_of, read_body
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
@@ -188,12 +188,7 @@ def editor(config: Any) -> Editor:
 SEEN = {"succeeded": 0, "refused": 0}
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    derandomize=True,
-)
+@settings(FUZZ, max_examples=25)
 @given(
     template=templates,
     parser=st.sampled_from(["", "deepseek_r1"]),

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-from tests.integrations.vllm.facts_server import config_of, facts_copy, renderer_of
+from tests.integrations.vllm.facts_server import FUZZ, config_of, facts_copy, renderer_of
 from ultraedit_kernels.integrations.vllm.answers import answer_of, content_of, read_body
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.served import Served
@@ -137,12 +137,7 @@ def given_by(answer: str, taught: list[int], stops: list[int], tokenizer: Any) -
     return said[:end]
 
 
-@settings(
-    max_examples=400,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    derandomize=True,
-)
+@settings(FUZZ, max_examples=400)
 @given(
     template=templates,
     target=targets,
