@@ -12,9 +12,10 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 from ultraedit_kernels.method import guards
+from ultraedit_kernels.method.contexts import CONTEXT_TEXTS
 from ultraedit_kernels.method.goals import Goals
 from ultraedit_kernels.method.guards import GuardError, Guards
-from ultraedit_kernels.method.locate import CONTEXT_TEXTS, at_names
+from ultraedit_kernels.method.locate import at_names
 from ultraedit_kernels.method.memory import Memory, TurnMemory
 from ultraedit_kernels.method.others import ask_other_forms
 from ultraedit_kernels.method.phase import Phase

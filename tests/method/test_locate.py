@@ -9,6 +9,7 @@ import torch
 from tests.method.small import run
 from ultraedit_kernels import Editor, EditRequest
 from ultraedit_kernels.method import locate
+from ultraedit_kernels.method.contexts import CONTEXTS
 from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, OwnKeys, output_moments, own_texts
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence, encode
@@ -73,14 +74,16 @@ def test_outputs_on_which_much_depends_are_told_from_the_gradients_of_what_was_w
 
 
 def test_a_model_that_is_not_sure_names_nothing(anchors, tokenizer) -> None:
-    assert locate.name_ends(anchors[0], tokenizer, [PROMPT]) == [None]
+    assert locate.names_in(anchors[0], tokenizer, [PROMPT]) == [None]
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, CHAT])
 def test_the_rarest_key_of_what_is_asked_is_taken_instead(anchors, tokenizer, prompt) -> None:
     model, weights, texts, held = anchors
     sequence = encode(tokenizer, prompt, "Sydney")
-    _, (placed,) = run(locate.place(model, tokenizer, [prompt], [sequence], held.keys))
+    content = locate.content_of(prompt)
+    work = locate.place(model, tokenizer, [content], [sequence], [None], held.keys)
+    _, (placed,) = run(work)
     ids = sequence.prompt_ids
     rarity = torch.zeros(len(ids), dtype=torch.float64)
     whole = Sequence(ids[:1], [*ids[1:], 0])
@@ -91,14 +94,23 @@ def test_the_rarest_key_of_what_is_asked_is_taken_instead(anchors, tokenizer, pr
             moment += keys.T @ keys
         keys = capture(model, [whole], [name], backward=False).keys[name].double()
         left = (keys * torch.linalg.solve(moment + torch.eye(len(moment)), keys.T).T).sum(1)
-        rarity += left / left.sum()
-    content = locate.content_of(prompt)
+        rarity += left.log()
     text = [tokenizer.decode(ids[: i + 1]) for i in range(len(ids))]
     inside = [i for i in range(1, len(ids)) if content.startswith(text[i][-1]) or text[i - 1]]
     inside = [i for i in inside if content in text[-1] and len(text[i]) > text[-1].rfind(content)]
     inside = [i for i in inside if len(text[i - 1]) < text[-1].rfind(content) + len(content)]
     assert placed.places == (max(inside, key=lambda i: float(rarity[i])),)
     assert placed.prompt_ids == ids and placed.target_ids == sequence.target_ids
+
+
+def test_a_common_key_is_not_taken_for_a_names_end() -> None:
+    inside = {0: 5, 1: 10, 2: 14, 3: 17, 4: 20}  # "Mount Electra, in it": where each token ends
+    assert locate._place(inside, (0, 14), [9.0, 2.0, 4.0, 3.0, 4.0]) == 2
+    assert locate._place(inside, (6, 17), [9.0, 2.0, 4.0, 0.1, 4.0]) == 2  # one before it
+    assert locate._place(inside, (14, 17), [9.0, 2.0, 4.0, 0.1, 4.0]) == 3  # there is no other
+    assert locate._place(inside, (0, 5), [9.0, 0.5, 4.0, 3.0, 4.0]) == 2  # the first of all
+    assert locate._place(inside, None, [9.0, 2.0, 4.0, 3.0, 5.0]) == 4
+    assert locate._place({0: 5}, (0, 5), [1.0]) == locate._place({0: 5}, None, [1.0]) == 0
 
 
 def test_content_is_the_last_message_of_the_user() -> None:
@@ -128,13 +140,12 @@ def test_contexts_keep_the_place(anchors, tokenizer) -> None:
     work = locate.at_names(
         model, tokenizer, [request], [sequence], [0], Anchors(held.keys, {}, held.watch), texts
     )
-    _, ((placed,), contexts) = run(work)
-    assert len(contexts[0]) == locate.CONTEXTS
-    for behind in contexts[0]:
-        further = len(behind.prompt_ids) - len(placed.prompt_ids)
-        assert further > 0 and behind.places == (placed.places[0] + further,)
-        assert behind.prompt_ids[further + 1 :] == placed.prompt_ids[1:]
-        assert behind.target_ids == placed.target_ids
+    _, ((placed,), further) = run(work)
+    assert len(further[0]) == CONTEXTS
+    for context in further[0]:
+        (here,), (there,) = placed.places, context.places
+        assert context.prompt_ids[there] == placed.prompt_ids[here]
+        assert len(context.prompt_ids) > len(placed.prompt_ids)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Lfm2"])

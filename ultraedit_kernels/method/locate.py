@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultraedit_kernels.method.contexts import contexts_of
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.model.capture import capture, evaluation_mode, leaves_only_keys
@@ -39,15 +40,10 @@ ASK = "".join(f"Text: {text}\nName: {name}\n" for text, name in EXAMPLES)
 """Texts in several forms and scripts, each followed by its name."""
 SURE = 0.1
 """Least probability that the model goes on with a word of the prompt, for it to be believed."""
+RARE = 0.25
+"""Share of the rarest key's rarity that the key of a place has at least."""
 BATCH = 32
 """Prompts per forward pass."""
-
-
-CONTEXT_TEXTS = 64
-"""Texts of the model's own of which contexts are taken."""
-CONTEXTS = 2
-"""Texts before which each prompt is said, too."""
-CONTEXT_TOKENS = 10
 
 
 def at_names(
@@ -70,20 +66,22 @@ def at_names(
         anchors: of the turn; by their keys a key is rare.
         texts: of the model's own, to be put before prompts.
 
-    Returns: the sequences; edit → its prompt's sequence behind further texts.
+    Returns: the sequences; edit → further sequences that say its target, see `contexts`.
     """
     prompts = [prompt for request in requests for prompt in (request.prompt, *request.rephrases)]
-    placed = yield from place(model, tokenizer, prompts, sequences, anchors.keys)
+    names: list[tuple[int, int] | None] = []
+    contents = [content_of(prompt) for prompt in prompts]
+    for i in range(0, len(contents), BATCH):
+        names += names_in(model, tokenizer, contents[i : i + BATCH])
+        yield Phase.ANCHORS
+    placed = yield from place(model, tokenizer, contents, sequences, names, anchors.keys)
     placed = natural_ends(model, tokenizer, prompts, placed)
     yield Phase.ANCHORS
-    contexts: dict[int, list[Sequence]] = {}
-    count = CONTEXTS if texts else 0
-    for edit in range(len(requests)):
-        i = list(edit_of).index(edit)
-        if isinstance(prompts[i], str):
-            chosen = [texts[(CONTEXTS * edit + j) % len(texts)] for j in range(count)]
-            contexts[edit] = [_behind(tokenizer, text, prompts[i], placed[i]) for text in chosen]
-    return placed, {edit: behind for edit, behind in contexts.items() if behind}
+    firsts = [list(edit_of).index(edit) for edit in range(len(requests))]
+    contexts = yield from contexts_of(
+        model, tokenizer, requests, [placed[i] for i in firsts], texts
+    )
+    return placed, contexts
 
 
 def natural_ends(
@@ -111,21 +109,12 @@ def natural_ends(
     return ended
 
 
-def _behind(tokenizer: Any, text: Sequence, prompt: Any, sequence: Sequence) -> Sequence:
-    """The sequence with a text before its prompt."""
-    before = tokenizer.decode((text.prompt_ids[1:] + text.target_ids)[:CONTEXT_TOKENS])
-    before = " ".join(before.split()).rstrip(".") + ". "
-    ids = list(tokenizer(before + prompt)["input_ids"])
-    further = len(ids) - len(sequence.prompt_ids)
-    places = tuple(place + further for place in sequence.places)
-    return Sequence(ids, sequence.target_ids, places)
-
-
 def place(
     model: Any,
     tokenizer: Any,
-    prompts: Seq[Prompt],
+    contents: Seq[str],
     sequences: Seq[Sequence],
+    names: Seq[tuple[int, int] | None],
     shields: Mapping[str, Tensor],
 ) -> Generator[Phase, None, list[Sequence]]:
     """The sequences, each with the place where the model is to be changed for it.
@@ -133,26 +122,39 @@ def place(
     Args:
         model: the model, untouched or edited.
         tokenizer: its tokenizer.
-        prompts: the prompt of each sequence.
+        contents: what the prompt of each sequence asks.
         sequences: what must be said, as tokens.
+        names: where in the contents the names are, see `names_in`.
         shields: module → shield of the keys of general text, see `shield.extend_shield`; by them a
             key is rare.
     """
-    contents = [content_of(prompt) for prompt in prompts]
-    ends: list[int | None] = []
-    for i in range(0, len(contents), BATCH):
-        ends += name_ends(model, tokenizer, contents[i : i + BATCH])
+    placed: list[Sequence] = []
+    for start in range(0, len(sequences), BATCH):
+        part = sequences[start : start + BATCH]
+        for sequence, rarity in zip(part, _rarities(model, part, shields), strict=True):
+            content, name = contents[len(placed)], names[len(placed)]
+            inside = _tokens_of(tokenizer, sequence.prompt_ids, content)
+            at = _place(inside, name, rarity.tolist())
+            placed.append(replace(sequence, places=(at,)))
         yield Phase.ANCHORS
-    placed = []
-    for sequence, content, end in zip(sequences, contents, ends, strict=True):
-        inside = _tokens_of(tokenizer, sequence.prompt_ids, content)
-        if end is None:
-            at = _rarest(model, sequence, inside, shields)
-            yield Phase.ANCHORS
-        else:
-            at = next(i for i in inside if inside[i] >= end)
-        placed.append(replace(sequence, places=(at,)))
     return placed
+
+
+def _place(inside: Mapping[int, int], name: tuple[int, int] | None, rarity: list[float]) -> int:
+    """The token at which a prompt's name ends, of the tokens `inside` that `_tokens_of` found.
+
+    A key that is common there, as that of " of" in a name that was found too long, takes a large
+    change, which reaches far: then one before it in the name. The first token of all draws
+    attention as such, so that its key is that of any text: then one behind it.
+    """
+    choice = [i for i in inside if i] or [0]
+    rarest = max(choice, key=lambda i: rarity[i])
+    if name is None:
+        return rarest
+    last = next(i for i in inside if inside[i] >= name[1])
+    named = [i for i in reversed(choice) if i <= last and inside[i] > name[0]]
+    order = named or [i for i in choice if i > last] or choice
+    return next((i for i in order if rarity[i] >= RARE * rarity[rarest]), order[0])
 
 
 def content_of(prompt: Prompt) -> str:
@@ -165,9 +167,9 @@ def content_of(prompt: Prompt) -> str:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None]:
-    """For each text, the index of the character at which the name in it ends; None if the model
-    does not go on with part of the text."""
+def names_in(model: Any, tokenizer: Any, contents: Seq[str]) -> list[tuple[int, int] | None]:
+    """For each text, from which to which character the name in it goes; None if the model does not
+    go on with part of the text."""
     whole = [list(tokenizer(f"{ASK}Text: {text}\nName:")["input_ids"]) for text in contents]
     # What all have in common is run once; at the seam a tokenizer may join what stands beside it.
     columns = zip(*whole, tokenizer(ASK)["input_ids"], strict=False)
@@ -177,37 +179,41 @@ def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None
     past = _past(model, whole[0][:common]) if common else None
     asked = [ids[common:] for ids in whole]
     first = logits_from(model, asked, [len(ids) - 1 for ids in asked], past)
-    starts: list[int | None] = []
+    copies: list[list[tuple[int, list[int]]]] = []
     for text, logits in zip(contents, first, strict=True):
-        words = [i for i in range(len(text)) if _begins_word(text, i)]
-        ids = [_continuation(tokenizer, text[i:])[0] for i in words]
-        if not ids or float(logits[0].softmax(-1)[sorted(set(ids))].sum()) < SURE:
-            starts.append(None)
-        else:
-            starts.append(words[int(logits[0][ids].argmax())])
-    copies = [
-        [] if start is None else _continuation(tokenizer, text[start:])
-        for text, start in zip(contents, starts, strict=True)
-    ]
-    known = [i for i, copy in enumerate(copies) if copy]
+        words = [(i, _continuation(tokenizer, text[i:])) for i in _word_starts(text)]
+        ids = sorted({copy[0] for _, copy in words})
+        sure = ids and float(logits[0].softmax(-1)[ids].sum()) >= SURE
+        best = ids[int(logits[0][ids].argmax())] if sure else None
+        copies.append([word for word in words if word[1][0] == best])
+    rows = [ids + copy for ids, words in zip(asked, copies, strict=True) for _, copy in words]
+    starts = [len(ids) for ids, words in zip(asked, copies, strict=True) for _ in words]
+    found = iter(logits_from(model, rows, starts, past))
     line_end = tokenizer("a\n", add_special_tokens=False)["input_ids"][-1]
-    rows = [asked[i] + copies[i] for i in known]
-    ends: list[int | None] = [None] * len(contents)
-    found = logits_from(model, rows, [len(asked[i]) for i in known], past)
-    for i, logits in zip(known, found, strict=True):
-        name = copies[i]
-        stops = logits[:-1, line_end] > logits[torch.arange(len(name) - 1), name[1:]]
-        taken = int(stops.nonzero()[0]) + 1 if stops.any() else len(name)
-        said = tokenizer.decode(name[:taken], clean_up_tokenization_spaces=False).strip()
-        start = starts[i]
-        assert start is not None
-        ends[i] = start + len(said)
-    return ends
+    names: list[tuple[int, int] | None] = []
+    for words in copies:
+        said = [(start, _said(copy, next(found), line_end)) for start, copy in words]
+        # Of two words alike, as in "The language of The Times", the one said with more behind it.
+        start, name = max(said, key=lambda found: len(found[1]), default=(0, []))
+        text = tokenizer.decode(name, clean_up_tokenization_spaces=False).strip()
+        names.append((start, start + len(text)) if name else None)
+    return names
 
 
-def _begins_word(text: str, i: int) -> bool:
-    """Whether a name could begin here; in scripts without spaces, anywhere."""
-    return text[i].isalnum() and (i == 0 or not text[i - 1].isalnum() or not text[i].isascii())
+def _said(copy: list[int], logits: Tensor, line_end: int) -> list[int]:
+    """The first tokens of a text, [n], up to where the model would rather end the line, by the
+    logits [n, vocabulary] after each."""
+    stops = logits[:-1, line_end] > logits[torch.arange(len(copy) - 1), copy[1:]]
+    return copy[: int(stops.nonzero()[0]) + 1 if stops.any() else len(copy)]
+
+
+def _word_starts(text: str) -> list[int]:
+    """Where a name could begin; in scripts without spaces, anywhere."""
+    return [
+        i
+        for i, letter in enumerate(text)
+        if letter.isalnum() and (i == 0 or not text[i - 1].isalnum() or not letter.isascii())
+    ]
 
 
 def _continuation(tokenizer: Any, text: str) -> list[int]:
@@ -239,20 +245,14 @@ def _tokens_of(tokenizer: Any, ids: list[int], content: str) -> dict[int, int]:
     return inside or {len(ids) - 1: len(content)}
 
 
-def _rarest(
-    model: Any, sequence: Sequence, inside: Mapping[int, int], shields: Mapping[str, Tensor]
-) -> int:
-    """The prompt token whose key is the rarest: the largest share of general text's system that it
-    leaves, kᵀ(C + λI)⁻¹k up to the factor λ, mean over the modules."""
-    ids = sequence.prompt_ids
-    if len(ids) < 2:
-        return len(ids) - 1
-    whole = Sequence(ids[:1], [*ids[1:], sequence.target_ids[0]])
-    captured = capture(model, [whole], list(shields), backward=False)
-    rarity = torch.zeros(len(ids), dtype=torch.float64)
+def _rarities(model: Any, sequences: Seq[Sequence], shields: Mapping[str, Tensor]) -> list[Tensor]:
+    """For each sequence, how rare the key of each prompt token is, [tokens]: what the keys of
+    general text leave of it, kᵀ(C + λI)⁻¹k up to the factor λ; the geometric mean over modules."""
+    whole = [Sequence(s.prompt_ids[:1], s.prompt_ids[1:] + s.target_ids[:1]) for s in sequences]
+    captured = capture(model, whole, list(shields), backward=False)
+    total = torch.zeros(len(captured.row_owner), dtype=torch.float64)
     for name, shield in shields.items():
         keys = captured.keys[name].double()
-        left = (keys.square().sum(1) - (keys @ shield.T).square().sum(1)).clamp_min(0.0)
-        rarity += (left / left.sum().clamp_min(1e-30)).cpu()
-    choice = [i for i in inside if i] or [0]  # the first token of all draws attention as such
-    return max(choice, key=lambda i: float(rarity[i]))
+        left = keys.square().sum(1) - (keys @ shield.T).square().sum(1)
+        total += left.clamp_min(1e-30).log().cpu() / len(shields)
+    return [total[captured.row_owner.cpu() == i].exp() for i in range(len(sequences))]

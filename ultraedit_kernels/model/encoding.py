@@ -77,13 +77,13 @@ def encode(
     if both[: len(prompt_ids)] == prompt_ids and len(both) > len(prompt_ids):
         target_ids = both[len(prompt_ids) :]
     else:  # the tokens merge across the border; the engine will only ever see the prompt's own
-        target_ids = _within_text(tokenizer, target)
+        target_ids = within_text(tokenizer, target)
     if append_eos and end is not None:
         target_ids = [*target_ids, end]
     return Sequence(prompt_ids, target_ids)
 
 
-def _within_text(tokenizer: Any, text: str) -> list[int]:
+def within_text(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text that goes on after another: without the space that some tokenizers put
     before a text that begins."""
     before, both = (

@@ -62,7 +62,7 @@ def generate(
     Batches go by length, so that padding is rare, and there is none where a layer keeps a state
     that it would change; answers come back in the order of the prompts.
     """
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     device = model.get_input_embeddings().weight.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
@@ -101,7 +101,7 @@ def sample(
     The random numbers are its own: whoever else draws some meanwhile, as an engine does, neither
     changes these nor sees its own changed.
     """
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
         texts: list[list[int]] = [[] for _ in range(size)]
@@ -113,6 +113,21 @@ def sample(
                 break
             yield (start + size * (i + 1) / max_new_tokens) / count, []
         yield (start + size) / count, texts
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def likeliest(model: Any, rows: Seq[list[int]]) -> Iterator[list[int]]:
+    """Token by token the likeliest continuation of rows of one length, without end; the next
+    tokens of all rows at a time."""
+    device = model.get_input_embeddings().weight.device
+    last, past = torch.tensor(rows, device=device), None
+    while True:
+        with evaluation_mode(model):
+            out = model(input_ids=last, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past = out.past_key_values
+        last = out.logits[:, -1].argmax(-1, keepdim=True)
+        yield last[:, 0].tolist()
 
 
 @torch.inference_mode(False)
@@ -207,7 +222,7 @@ def _plain_settings(model: Any, ends: list[int], max_new_tokens: int) -> Iterato
         model.generation_config = shipped
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens at which the model's own generation settings stop, else the tokenizer's."""
     ends = model.generation_config.eos_token_id
     found = ends if isinstance(ends, list) else [ends]
