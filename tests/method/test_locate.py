@@ -41,7 +41,7 @@ def test_keys_of_own_texts_are_all_that_a_ridge_system_sees_of_them(anchors) -> 
         a = rows.double()
         a *= (OWN_TOKENS / sum(len(t.target_ids) for t in texts)) ** 0.5
         expected = a.T @ torch.linalg.solve(a @ a.T + torch.eye(len(a)), a)
-        shield = held.keys[name]
+        shield = held.keys[name].double()
         torch.testing.assert_close(shield.T @ shield, expected, rtol=1e-3, atol=1e-3)
     assert held.watch.own == len(held.watch) and not len(held.watch.lead)
 
@@ -74,6 +74,21 @@ def test_outputs_on_which_much_depends_are_told_from_the_gradients_of_what_was_w
 
 def test_a_model_that_is_not_sure_names_nothing(anchors, tokenizer) -> None:
     assert locate.name_ends(anchors[0], tokenizer, [PROMPT]) == [None]
+
+
+def test_what_was_read_before_the_question_need_not_be_read_again(anchors, tokenizer, monkeypatch):
+    model, asked, read = anchors[0], [PROMPT, "Who wrote Emma?"], []
+    monkeypatch.setattr(locate, "SURE", 0.0)
+    monkeypatch.setattr(locate, "ASK", locate.ASK[-90:])  # the model has few positions
+    shown = locate.show(model, tokenizer)
+    count = model.get_input_embeddings().register_forward_hook(
+        lambda _m, args, _out: read.append(args[0].numel())
+    )
+    found = locate.name_ends(model, tokenizer, asked)
+    anew = sum(read)
+    assert locate.name_ends(model, tokenizer, asked, shown) == found and None not in found
+    count.remove()
+    assert sum(read) - anew == anew - len(shown.ids)
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, CHAT])

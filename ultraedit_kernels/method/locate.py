@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ def at_names(
     edit_of: Seq[int],
     anchors: Anchors,
     texts: Seq[Sequence],
+    shown: Shown | None = None,
 ) -> Generator[Phase, None, tuple[list[Sequence], dict[int, list[Sequence]]]]:
     """The sequences of a turn as edits at names: with places, natural ends, and contexts.
 
@@ -69,11 +70,12 @@ def at_names(
         edit_of: per sequence, the edit that it belongs to.
         anchors: of the turn; by their keys a key is rare.
         texts: of the model's own, to be put before prompts.
+        shown: what the untouched model has read, see `show`.
 
     Returns: the sequences; edit → its prompt's sequence behind further texts.
     """
     prompts = [prompt for request in requests for prompt in (request.prompt, *request.rephrases)]
-    placed = yield from place(model, tokenizer, prompts, sequences, anchors.keys)
+    placed = yield from place(model, tokenizer, prompts, sequences, anchors.keys, shown)
     placed = natural_ends(model, tokenizer, prompts, placed)
     yield Phase.ANCHORS
     contexts: dict[int, list[Sequence]] = {}
@@ -127,6 +129,7 @@ def place(
     prompts: Seq[Prompt],
     sequences: Seq[Sequence],
     shields: Mapping[str, Tensor],
+    shown: Shown | None = None,
 ) -> Generator[Phase, None, list[Sequence]]:
     """The sequences, each with the place where the model is to be changed for it.
 
@@ -137,11 +140,12 @@ def place(
         sequences: what must be said, as tokens.
         shields: module → shield of the keys of general text, see `shield.extend_shield`; by them a
             key is rare.
+        shown: what the untouched model has read, see `show`.
     """
     contents = [content_of(prompt) for prompt in prompts]
     ends: list[int | None] = []
     for i in range(0, len(contents), BATCH):
-        ends += name_ends(model, tokenizer, contents[i : i + BATCH])
+        ends += name_ends(model, tokenizer, contents[i : i + BATCH], shown)
         yield Phase.ANCHORS
     placed = []
     for sequence, content, end in zip(sequences, contents, ends, strict=True):
@@ -163,18 +167,51 @@ def content_of(prompt: Prompt) -> str:
     return asked[-1] if asked else prompt[-1]["content"]
 
 
+class Shown(NamedTuple):
+    """Examples of texts with their names, as a model has read them."""
+
+    ids: list[int]
+    past: Any
+    """Keys and values of these tokens."""
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def name_ends(model: Any, tokenizer: Any, contents: Seq[str]) -> list[int | None]:
+def show(model: Any, tokenizer: Any) -> Shown | None:
+    """What a model reads before each question for a name; nothing where that cannot be kept. It is
+    kept of the untouched model: what an edit asks is then all that a turn has to read."""
+    if not leaves_only_keys(model):
+        return None
+    with_text, alone = (tokenizer(text)["input_ids"] for text in (f"{ASK}Text:", ASK))
+    pairs = zip(with_text, alone, strict=False)
+    ids = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return Shown(ids, _past(model, ids))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def name_ends(
+    model: Any, tokenizer: Any, contents: Seq[str], shown: Shown | None = None
+) -> list[int | None]:
     """For each text, the index of the character at which the name in it ends; None if the model
-    does not go on with part of the text."""
+    does not go on with part of the text.
+
+    Args:
+        model: the model, untouched or edited.
+        tokenizer: its tokenizer.
+        contents: the texts.
+        shown: see `show`; by default the model reads that anew.
+    """
     whole = [list(tokenizer(f"{ASK}Text: {text}\nName:")["input_ids"]) for text in contents]
     # What all have in common is run once; at the seam a tokenizer may join what stands beside it.
     columns = zip(*whole, tokenizer(ASK)["input_ids"], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     if not leaves_only_keys(model):
         common = 0
-    past = _past(model, whole[0][:common]) if common else None
+    if shown is not None and whole[0][:common] == shown.ids:
+        past = shown.past
+    else:
+        past = _past(model, whole[0][:common]) if common else None
     asked = [ids[common:] for ids in whole]
     first = logits_from(model, asked, [len(ids) - 1 for ids in asked], past)
     starts: list[int | None] = []
@@ -252,7 +289,7 @@ def _rarest(
     rarity = torch.zeros(len(ids), dtype=torch.float64)
     for name, shield in shields.items():
         keys = captured.keys[name].double()
-        left = (keys.square().sum(1) - (keys @ shield.T).square().sum(1)).clamp_min(0.0)
+        left = (keys.square().sum(1) - (keys @ shield.double().T).square().sum(1)).clamp_min(0.0)
         rarity += (left / left.sum().clamp_min(1e-30)).cpu()
     choice = [i for i in inside if i] or [0]  # the first token of all draws attention as such
     return max(choice, key=lambda i: float(rarity[i]))
