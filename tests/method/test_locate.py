@@ -9,7 +9,7 @@ import torch
 from tests.method.small import run
 from ultraedit_kernels import Editor, EditRequest
 from ultraedit_kernels.method import locate
-from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, OwnKeys, output_moments, own_texts
+from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, OwnKeys, output_slopes, own_texts
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence, encode
 from ultraedit_kernels.model.generation import generate
@@ -30,7 +30,7 @@ def anchors(request, tokenizer):
     weights = {name: model.get_submodule(name).weight.data for name in names}
     texts = [text for _, part in own_texts(model, tokenizer, 40, seed=0) for text in part]
     own = OwnKeys(weights, ridge=1.0, limit=4096)
-    own.add(model, texts)
+    list(own.add(model, texts))
     return model, weights, texts, own.anchors()
 
 
@@ -48,7 +48,9 @@ def test_keys_of_own_texts_are_all_that_a_ridge_system_sees_of_them(anchors) -> 
 
 def test_outputs_on_which_much_depends_are_told_from_the_gradients_of_what_was_written(anchors):
     model, weights, texts, held = anchors
-    found = output_moments(model, texts[:5], weights)
+    found = dict.fromkeys(weights, torch.zeros(()))
+    for slopes in output_slopes(model, texts[:5], list(weights)):
+        found = {name: f + slopes[name].T @ slopes[name] for name, f in found.items()}
     for name in weights:
         outputs = []
         hook = model.get_submodule(name).register_forward_hook(

@@ -114,11 +114,11 @@ def capture(
         return _capture(model, sequences, modules, backward, margin, unless_led)
 
 
-def second_moments(
+def all_keys(
     model: Any, sequences: Seq[Sequence], modules: Seq[str], batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Σ kkᵀ over the keys k of all tokens but the last, module → [d_in, d_in] float64, batch by
-    batch; what stands above the last module is not computed.
+    """The keys of all tokens but the last, module → [tokens, d_in], batch by batch; what stands
+    above the last module is not computed.
 
     Args:
         model: a Hugging Face causal language model. Left as found.
@@ -140,12 +140,10 @@ def second_moments(
             suppress(_Enough),
         ):
             model.base_model(input_ids=ids, use_cache=False)
-        moments = {}
-        for name, keys in reader.keys.items():
+        for name in modules:
             if (shard := shard_of(model.get_submodule(name))) is not None:
-                keys = shard.whole(keys, 1)
-            moments[name] = (keys.float().T @ keys.float()).double()
-        yield moments
+                reader.keys[name] = shard.whole(reader.keys[name], 1)
+        yield reader.keys
 
 
 def leaves_only_keys(model: Any) -> bool:
