@@ -31,7 +31,8 @@ from bench.real_models import checkpoint
 from bench.report import RESULTS
 from bench.world import World
 from ultraedit_kernels import Editor, EditRequest
-from ultraedit_kernels.method.protect import FEWER, LONG_BATCH, LONG_TEXT
+from ultraedit_kernels.method.moments import ROOM, WHOLE
+from ultraedit_kernels.method.protect import FEWER, LONG_BATCH, LONG_TEXT, SHIELD
 from ultraedit_kernels.model.encoding import Sequence, encode
 from ultraedit_kernels.model.presets import PAPER, resolve_modules
 from ultraedit_kernels.settings import TABLE
@@ -137,21 +138,33 @@ def held(editor: Editor) -> int:
 
 def held_by_formula(shapes: Mapping[str, tuple[int, int]], ranks: int = 1) -> int:
     """The same from shapes, module → (d_out, d_in), of one of so many ranks: each module's
-    untouched weight, its shield of as many float64 rows as there may be, and statistics."""
+    untouched weight, the shields of its keys and outputs with as many rows as there may be, and
+    statistics. Not the little that is kept of the texts, and of what the model has read."""
     rows = TABLE["anchor_rows"].default
     return sum(
-        d_out * d_in * HALF // ranks + min(rows, d_in) * d_in * 8 + 2 * 4 * (d_out + d_in)
+        d_out * d_in * HALF // ranks
+        + sum(min(rows, d) * d * SHIELD.itemsize + 2 * 4 * d for d in (d_out, d_in))
         for d_out, d_in in shapes.values()
     )
 
 
 def most_by_formula(shapes: Mapping[str, tuple[int, int]], ranks: int = 1) -> dict[str, int]:
     """Bytes that a turn holds besides, a copy of the edited weights, in a server another one; and
-    gathering, once: the second moments of keys, and what an eigendecomposition takes."""
+    gathering, once: the moments of this rank's modules, what compressing or decomposing the largest
+    takes, and all modules' keys of a batch."""
+    rows = TABLE["anchor_rows"].default
     weights = sum(d_out * d_in * HALF // ranks for d_out, d_in in shapes.values())
-    moments = sum(d_in**2 * 8 for _, d_in in shapes.values())
-    largest = max(d_in for _, d_in in shapes.values())
-    return {"turn": weights, "shadow": weights, "gathering": moments + 3 * largest**2 * 8}
+
+    def moments(d: int) -> int:
+        return d * d * 8 if d <= WHOLE else (min(rows, d) + ROOM) * d * 4
+
+    ours = list(shapes.values())[::ranks]  # the first rank has the most
+    largest = max(moments(d) for pair in ours for d in pair)
+    wide = any(d > WHOLE for pair in shapes.values() for d in pair)
+    tokens = ROOM if wide else LONG_BATCH * LONG_TEXT
+    batch = sum(tokens * d_in * HALF for _, d_in in shapes.values())
+    gathering = sum(moments(d) for pair in ours for d in pair) + 2 * largest + batch
+    return {"turn": weights, "shadow": weights, "gathering": gathering}
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, int]]:

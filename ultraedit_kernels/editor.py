@@ -128,7 +128,7 @@ class Editor:
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
         limits = (max_change, max_lost, guards.load_canaries(canaries))
         self.guards = Guards(model, tokenizer, self.weights, self.versions.pristine, *limits)
-        self.preparation = Preparation(model, tokenizer, self.versions, self.guards)
+        self.preparation = Preparation(model, tokenizer, self.versions, self.guards, names)
         self.rollback(self.version)
 
     def close(self) -> None:
@@ -186,11 +186,13 @@ class Editor:
             anchors, named = yield from self.memory.anchors_for(
                 self.model, self.tokenizer, requests
             )
+            goals = yield from _goals(self, requests, anchors)
+            taught = sum(map(len, goals.sequences))
             work = turn(
                 self.model,
                 self.weights,
                 start,
-                (yield from _goals(self, requests, anchors)),
+                goals,
                 self.memory.statistics,
                 self.memory.statistics_of,
                 anchors,
@@ -200,7 +202,9 @@ class Editor:
             done = yield from clock.timed(work)
             outcomes, left = outcomes_of(requests, done), TurnMemory.of(done, named)
             digest = self.versions.begin_digest() if commit else None
-            measured, rejected = yield from self._measure(start, lost, commit, left.numbers())
+            measured, rejected = yield from _measure(
+                self, start, lost, commit, left.numbers(), taught
+            )
             if commit:
                 yield Phase.RECORD
             clock.commits()
@@ -262,7 +266,7 @@ class Editor:
                 factor.apply(self.weights[name])
                 yield Phase.SOLVE
             digest = self.versions.begin_digest() if commit else None
-            measured, rejected = yield from self._measure(start, lost, commit, {})
+            measured, rejected = yield from _measure(self, start, lost, commit, {}, None)
             if commit:
                 yield Phase.RECORD
                 left = self.memory.unchanged()
@@ -328,18 +332,6 @@ class Editor:
         texts, size = self.memory.own_texts(guards.OWN_TEXTS), self.settings.batch_size
         return (yield from self.guards.lost_before(last, texts, self.memory.protected, size))
 
-    def _measure(
-        self, start: Mapping[str, Tensor], lost: float, commit: bool, numbers: Mapping[str, Tensor]
-    ) -> Generator[Phase, None, tuple[dict[str, float], str | None]]:
-        """See `guards.or_why_not`, of the turn that led here and leaves numbers behind; before it,
-        so many of the texts were lost."""
-        texts = self.memory.own_texts(guards.OWN_TEXTS)
-        work = self.guards.measure(start, texts, lost, self.settings.batch_size)
-        measured, rejected = yield from guards.or_why_not(work, commit, numbers)
-        if self.memory.protected < 1:
-            measured["protected"] = self.memory.protected
-        return measured, rejected
-
 
 def apply_what_passes(
     editor: Editor, requests: Seq[EditRequest]
@@ -382,9 +374,34 @@ def _goals(
     if editor.at_names:
         texts = editor.memory.own_texts(CONTEXT_TEXTS)
         sequences, contexts = yield from at_names(
-            editor.model, editor.tokenizer, requests, sequences, edit_of, anchors, texts
+            editor.model,
+            editor.tokenizer,
+            requests,
+            sequences,
+            edit_of,
+            anchors,
+            texts,
+            editor.preparation.shown,
         )
     return Goals(sequences, edit_of, editor.settings.margin, contexts)
+
+
+def _measure(
+    editor: Editor,
+    start: Mapping[str, Tensor],
+    lost: float,
+    commit: bool,
+    numbers: Mapping[str, Tensor],
+    taught: int | None,
+) -> Generator[Phase, None, tuple[dict[str, float], str | None]]:
+    """See `guards.or_why_not`, of the turn that led here from the weights `start`, has taught so
+    many tokens and leaves numbers behind; before it, so many of the texts were lost."""
+    texts, memory = editor.memory.own_texts(guards.OWN_TEXTS), editor.memory
+    work = editor.guards.measure(start, texts, lost, editor.settings.batch_size, taught)
+    measured, rejected = yield from guards.or_why_not(work, commit, numbers)
+    if memory.protected < 1:
+        measured["protected"] = memory.protected
+    return measured, rejected
 
 
 def _finish(work: Generator[Any, None, T]) -> T:

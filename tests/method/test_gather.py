@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.method.small import MODULES, prompts, random_model, said, weights_of
-from ultraedit_kernels.method import gather
+from ultraedit_kernels.method import gather, moments, protect
 from ultraedit_kernels.method.gather import Gathering
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors, OwnKeys, hold_edits, own_texts
@@ -51,7 +51,7 @@ def expected(model, batches):
     texts = [texts for _, texts in told if texts]
     own = OwnKeys(weights_of(model), 1.0, 64)
     for part in texts[:batches]:
-        own.add(model, part)
+        list(own.add(model, part))
     return own.anchors()
 
 
@@ -119,3 +119,19 @@ def test_without_texts_there_is_nothing_to_do(small):
     one.look_up(small, Tokenizer(), base(small))
     assert one.done and one.written == 1 and one.found == []
     assert list(one.steps(small, Tokenizer(), base(small))) == []
+
+
+def test_sketches_are_compressed_apart_and_of_bounded_size(small, monkeypatch):
+    whole = gathering(small)
+    list(whole.steps(small, Tokenizer(), base(small)))
+    monkeypatch.setattr(moments, "WHOLE", 0)
+    monkeypatch.setattr(protect, "ROOM", 12)  # two texts
+    monkeypatch.setenv("ULTRAEDIT_CACHE", "")
+    one = gathering(small)
+    one_by_one = list(one.steps(small, Tokenizer(), base(small)))
+    assert one_by_one.count(Phase.APART) > 2
+    assert whole.found[-1].anchors.watch.sequences == one.found[-1].anchors.watch.sequences
+    for name, rows in one.found[-1].anchors.keys.items():
+        other = whole.found[-1].anchors.keys[name]
+        assert rows.shape == other.shape and rows.dtype == other.dtype
+        torch.testing.assert_close(rows.T @ rows, other.T @ other, atol=0.02, rtol=0.02)

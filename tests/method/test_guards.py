@@ -53,6 +53,32 @@ def test_a_turn_reports_what_the_guards_measured(editor):
     assert [r["guards"] for r in editor.history()] == [first.guards, second.guards]
 
 
+def test_a_small_turn_looks_at_more_texts_only_if_it_has_lost_one(editor, monkeypatch):
+    editor.prepare()
+    texts = editor.memory.own_texts(guards.OWN_TEXTS)
+    seen: list[int] = []
+
+    def capture(model, part, *args, **options):
+        seen.append(len(part))
+        return real(model, part, *args, **options)
+
+    real = guards.capture
+    monkeypatch.setattr(guards, "capture", capture)
+    assert len(texts) > guards.FIRST_TEXTS
+
+    def looked_at(**options) -> int:
+        seen.clear()
+        list(editor.guards.measure(editor.weights, texts, 0.0, 32, **options))
+        return sum(seen)
+
+    assert looked_at(taught=1) == guards.FIRST_TEXTS
+    assert looked_at(taught=10**6) == looked_at() == len(texts)
+    editor.guards.max_lost = 1.0
+    for weight in editor.weights.values():
+        weight.zero_()
+    assert looked_at(taught=1) == guards.FIRST_TEXTS + len(texts)
+
+
 def test_a_turn_that_wrecks_the_model_is_not_served(model, tokenizer):
     editor = Editor(model, tokenizer, anchors=50, **RECKLESS)
     result = editor.apply([NONSENSE], commit=False)

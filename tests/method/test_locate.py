@@ -10,7 +10,7 @@ from tests.method.small import run
 from ultraedit_kernels import Editor, EditRequest
 from ultraedit_kernels.method import locate
 from ultraedit_kernels.method.contexts import CONTEXTS
-from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, OwnKeys, output_moments, own_texts
+from ultraedit_kernels.method.protect import OWN_TOKENS, Anchors, OwnKeys, output_slopes, own_texts
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence, encode
 from ultraedit_kernels.model.generation import generate
@@ -31,7 +31,7 @@ def anchors(request, tokenizer):
     weights = {name: model.get_submodule(name).weight.data for name in names}
     texts = [text for _, part in own_texts(model, tokenizer, 40, seed=0) for text in part]
     own = OwnKeys(weights, ridge=1.0, limit=4096)
-    own.add(model, texts)
+    list(own.add(model, texts))
     return model, weights, texts, own.anchors()
 
 
@@ -42,14 +42,16 @@ def test_keys_of_own_texts_are_all_that_a_ridge_system_sees_of_them(anchors) -> 
         a = rows.double()
         a *= (OWN_TOKENS / sum(len(t.target_ids) for t in texts)) ** 0.5
         expected = a.T @ torch.linalg.solve(a @ a.T + torch.eye(len(a)), a)
-        shield = held.keys[name]
+        shield = held.keys[name].double()
         torch.testing.assert_close(shield.T @ shield, expected, rtol=1e-3, atol=1e-3)
     assert held.watch.own == len(held.watch) and not len(held.watch.lead)
 
 
 def test_outputs_on_which_much_depends_are_told_from_the_gradients_of_what_was_written(anchors):
     model, weights, texts, held = anchors
-    found = output_moments(model, texts[:5], weights)
+    found = dict.fromkeys(weights, torch.zeros(()))
+    for slopes in output_slopes(model, texts[:5], list(weights)):
+        found = {name: f + slopes[name].T @ slopes[name] for name, f in found.items()}
     for name in weights:
         outputs = []
         hook = model.get_submodule(name).register_forward_hook(
@@ -75,6 +77,21 @@ def test_outputs_on_which_much_depends_are_told_from_the_gradients_of_what_was_w
 
 def test_a_model_that_is_not_sure_names_nothing(anchors, tokenizer) -> None:
     assert locate.names_in(anchors[0], tokenizer, [PROMPT]) == [None]
+
+
+def test_what_was_read_before_the_question_need_not_be_read_again(anchors, tokenizer, monkeypatch):
+    model, asked, read = anchors[0], [PROMPT, "Who wrote Emma?"], []
+    monkeypatch.setattr(locate, "SURE", 0.0)
+    monkeypatch.setattr(locate, "ASK", locate.ASK[-90:])  # the model has few positions
+    shown = locate.show(model, tokenizer)
+    count = model.get_input_embeddings().register_forward_hook(
+        lambda _m, args, _out: read.append(args[0].numel())
+    )
+    found = locate.names_in(model, tokenizer, asked)
+    anew = sum(read)
+    assert locate.names_in(model, tokenizer, asked, shown) == found and None not in found
+    count.remove()
+    assert sum(read) - anew == anew - len(shown.ids)
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, CHAT])

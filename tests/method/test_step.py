@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ultraedit_kernels.method.protect import moment_shield
+from ultraedit_kernels.method.moments import moment_shield
 from ultraedit_kernels.method.shield import System, extend_shield
 from ultraedit_kernels.method.step import (
     MAX_GAIN,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import transformers as t
 from torch import nn
 
+from ultraedit_kernels.method.protect import Anchors, OwnKeys
 from ultraedit_kernels.model.capture import Captured, capture
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.model.generation import generate, sample
@@ -234,6 +235,27 @@ def faults(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
+def gathered(ranks: Ranks) -> dict[str, float]:
+    """Distance of what protects the divided model from what protects the whole one, edited at
+    names, and how many modules' shields are this rank's own."""
+    whole = whole_model(CONFIGS["llama"])
+    own = divided_model(whole, ranks)
+
+    def anchors(model: Any, ranks: Ranks | None) -> tuple[Anchors, Anchors]:
+        weights = {name: weight_of(model.get_submodule(name)) for name in MODULES}
+        keys = OwnKeys(weights, 1.0, 20, ranks)
+        list(keys.add(model, sequences()))
+        found = keys.anchors()
+        return found, keys.shared(found)
+
+    (_, expected), (ours, shared) = anchors(whole, None), anchors(own, ranks)
+    found = {}
+    for side in ("keys", "outputs"):
+        pairs = [(getattr(shared, side)[n], getattr(expected, side)[n]) for n in MODULES]
+        found[side] = max(float((a.T @ a - b.T @ b).abs().max()) for a, b in pairs)
+    return found | {"own": sum(bool(rows.any()) for rows in ours.keys.values())}
+
+
 def refusals() -> dict[str, str]:
     found = {}
     for name, wrong in (
@@ -262,6 +284,7 @@ def main(rank: int, rendezvous: str, results: Path) -> None:
         str(dtype): deltas(ranks, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
     found["faults"] = faults(ranks)
+    found["gathered"] = gathered(ranks)
     found["refusals"] = refusals()
     results.write_text(json.dumps(found))
 

@@ -257,6 +257,17 @@ def test_works_inside_inference_mode_and_without_gradients():
     assert without.grads == {}
 
 
+def test_gradients_are_left_out_where_all_targets_lead():
+    model, modules = make_model("llama", torch.float32)
+    asked = Sequence([5, 8, 11], [int(model(torch.tensor([[5, 8, 11]])).logits[0, -1].argmax())])
+    led = capture(model, [asked], modules, unless_led=True)
+    assert not led.grads and float(led.margin) > 0
+    assert capture(model, [asked], modules, margin=float(led.margin) + 1, unless_led=True).grads
+    other = Sequence([5, 8, 11], [(asked.target_ids[0] + 1) % 97])
+    assert capture(model, [asked, other], modules, unless_led=True).grads
+    torch.testing.assert_close(led.margin, capture(model, [asked], modules).margin)
+
+
 def test_only_answer_positions_reach_the_output_head():
     model, modules = make_model("qwen2", torch.float32)
     rows = []

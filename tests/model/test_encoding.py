@@ -7,6 +7,7 @@ import torch
 
 from ultraedit_kernels.model.encoding import (
     Sequence,
+    alike,
     encode,
     encode_prompt,
     from_tensors,
@@ -68,6 +69,16 @@ def test_padding_is_on_the_right_and_masked() -> None:
     ids, mask = pad_right([[5, 6, 7], [8]], torch.device("cpu"))
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_batches_are_of_sequences_of_nearly_one_length() -> None:
+    lengths = [40, 3, 4, 39, 3, 41, 4] + [5] * 9
+    given = [Sequence([7] * (n - 1), [1, 2]) for n in lengths]
+    batches = list(alike(given, 10))
+    assert [len(batch) for batch in batches] == [10, 3, 3]
+    assert [len(s) for batch in batches for s in batch] == sorted(lengths)
+    assert {id(s) for batch in batches for s in batch} == {id(s) for s in given}
+    assert list(alike([], 10)) == []
 
 
 @pytest.mark.parametrize(

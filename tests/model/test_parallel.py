@@ -93,6 +93,12 @@ def test_ranks_pause_together_when_the_first_wants_to(ranks: Any) -> None:
     assert [found["faults"]["pauses"] for found in ranks] == [3, 3]
 
 
+def test_each_rank_gathers_for_its_modules_and_has_all_in_the_end(ranks: Any) -> None:
+    for found, own in zip(ranks, (3, 2), strict=True):
+        assert found["gathered"].pop("own") == own
+        assert max(found["gathered"].values()) < 1e-4, found["gathered"]
+
+
 def test_what_cannot_be_divided_is_refused(ranks: Any) -> None:
     assert ranks[0]["refusals"] == {
         "heads": "3 attention heads cannot be divided among 2 ranks",

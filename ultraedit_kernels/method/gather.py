@@ -31,7 +31,7 @@ from ultraedit_kernels.method.protect import (
 )
 from ultraedit_kernels.method.repair import Watch
 from ultraedit_kernels.model.encoding import Sequence
-from ultraedit_kernels.model.parallel import agree, fingerprint, weight_of
+from ultraedit_kernels.model.parallel import agree, fingerprint, ranks_of, weight_of
 from ultraedit_kernels.store import cache
 from ultraedit_kernels.store.files import joined, part
 
@@ -114,19 +114,25 @@ class Gathering:
         own: OwnKeys | OwnAnchors = OwnAnchors(weights, self._ridge, self._rows)
         count, how = self._wanted, (SAMPLE_TOKENS, SAMPLE_BATCH)
         if self._at_names:
-            own = OwnKeys(weights, self._ridge, self._rows)
+            own = OwnKeys(weights, self._ridge, self._rows, ranks_of(model))
             count, how = -(-count // FEWER), (LONG_TEXT, LONG_BATCH)
         depends_on, first = self._depends_on(model, tokenizer), True
         for share, texts in own_texts(model, tokenizer, count, self._seed, *how):
             if share < 1:  # the last ones are to be read, too
                 self.written = share
             yield Phase.ANCHORS
-            if texts:
+            if texts and isinstance(own, OwnKeys):
+                yield from own.add(model, texts)
+            elif texts:
                 own.add(model, texts)
             if texts and (first or share == 1):
                 first = False
                 yield Phase.APART
                 anchors = own.anchors()
+                if isinstance(own, OwnKeys) and ranks_of(model) is not None:
+                    yield Phase.ANCHORS
+                    anchors = own.shared(anchors)
+                    yield Phase.APART
                 if share == 1:
                     cache.save(depends_on, base, joined(parts_of(anchors)), {})
                 yield from self._tell(model, anchors, share)
@@ -152,7 +158,7 @@ class Gathering:
     def _depends_on(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """All that the texts of the model's own depend on, besides the edited weights."""
         return {
-            "format": 3,
+            "format": 4,
             "texts": [self._wanted, SAMPLE_TOKENS, LONG_TEXT, KEPT_TEXTS, self._seed],
             "first": tokenizer.bos_token_id,
             "shield": [self._rows, self._ridge, OWN_WEIGHT],

@@ -254,7 +254,11 @@ class Goals:
             part = [self.sequences[j] for j in chosen[i : i + batch_size]]
             goal_of = [self._goal_of[j] for j in chosen[i : i + batch_size]]
             margins = [goals[goal].wanted for goal in goal_of]
-            captured = capture(model, part, modules, margin=margins, backward=backward)
+            # After the last step of a turn, or the first look at one that need not step.
+            alone = self.rest and len(chosen) <= batch_size
+            captured = capture(
+                model, part, modules, margin=margins, backward=backward, unless_led=alone
+            )
             batches.append(Batch(captured, part, goal_of))
             yield Phase.CAPTURE
         return Round.of(batches, list(modules), len(goals), stale)

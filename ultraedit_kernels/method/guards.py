@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.model.capture import capture
-from ultraedit_kernels.model.encoding import Sequence, encode, encode_prompt
+from ultraedit_kernels.model.encoding import Sequence, alike, encode, encode_prompt
 from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.parallel import ShardedWeight
 from ultraedit_kernels.model.request import Prompt
@@ -36,6 +36,11 @@ MAX_LOST = EditorSettings.max_lost
 same turns of edits that hold lost at most 0.015, the others 0.71 and 1."""
 OWN_TEXTS = 128
 """Of the model's own texts, how many are looked at."""
+FIRST_TEXTS = 16
+"""Of these, how many a small turn looks at first; at the others only if it has lost one."""
+SMALL_TURN = 8
+"""Times as many tokens as a small turn that the texts have: a turn runs its tokens through the
+model a few times, and back."""
 MAX_ROWS = 2**16
 """Rows of a delta's factors, per module. A turn has one per answer token and round."""
 SHOWN_TOKENS = 16
@@ -169,8 +174,8 @@ def share_lost(
 ) -> Generator[Phase, None, float]:
     """Share of texts, of which the model was sure, whose greedy choice is another at some token."""
     lost = 0
-    for i in range(0, len(texts), batch_size):
-        captured = capture(model, texts[i : i + batch_size], modules, backward=False)
+    for part in alike(texts, batch_size):
+        captured = capture(model, part, modules, backward=False)
         lost += len(captured.owner[~(captured.margin > 0)].unique())
         yield Phase.CAPTURE
     return lost / len(texts) if texts else 0.0
@@ -246,6 +251,7 @@ class Guards:
         texts: Seq[Sequence],
         lost_before: float,
         batch_size: int,
+        taught: int | None = None,
     ) -> Generator[Phase, None, dict[str, float]]:
         """Measure the turn that led from the weights `start` to those of now.
 
@@ -254,6 +260,7 @@ class Guards:
             texts: of the model's own, of which it was sure when untouched.
             lost_before: share of them that it continued otherwise before the turn already.
             batch_size: texts that are run through the model at a time.
+            taught: tokens of what the turn taught; None of a change that was computed elsewhere.
 
         Returns:
             "change", "total_change" and "lost", see `TurnResult.guards`.
@@ -267,10 +274,22 @@ class Guards:
             change = max(change, check_change(name, weight, start[name], self.max_change))
             total = max(total, relative_change(weight, self._pristine[name]))
             yield Phase.GUARD
-        lost = yield from share_lost(self._model, texts, list(self._weights), batch_size)
+        lost = yield from self._lost(texts, lost_before, batch_size, taught)
         check_lost(lost, lost_before, self.max_lost)
         yield from self.check_canaries()
         return {"change": change, "total_change": total, "lost": lost}
+
+    def _lost(
+        self, texts: Seq[Sequence], before: float, size: int, taught: int | None
+    ) -> Generator[Phase, None, float]:
+        """Share of texts that are lost; as before the turn, if it is small and has none of the
+        first ones lost. See `measure`."""
+        modules = list(self._weights)
+        if taught is not None and sum(map(len, texts)) > SMALL_TURN * taught:
+            first = yield from share_lost(self._model, texts[:FIRST_TEXTS], modules, size)
+            if not first:
+                return before
+        return (yield from share_lost(self._model, texts, modules, size))
 
     def check_canaries(self) -> Generator[Phase, None, None]:
         """Raise GuardError for the first canary that does not hold."""

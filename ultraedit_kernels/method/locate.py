@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ def at_names(
     edit_of: Seq[int],
     anchors: Anchors,
     texts: Seq[Sequence],
+    shown: Shown | None = None,
 ) -> Generator[Phase, None, tuple[list[Sequence], dict[int, list[Sequence]]]]:
     """The sequences of a turn as edits at names: with places, natural ends, and contexts.
 
@@ -65,6 +66,7 @@ def at_names(
         edit_of: per sequence, the edit that it belongs to.
         anchors: of the turn; by their keys a key is rare.
         texts: of the model's own, to be put before prompts.
+        shown: what the untouched model has read, see `show`.
 
     Returns: the sequences; edit → further sequences that say its target, see `contexts`.
     """
@@ -72,7 +74,7 @@ def at_names(
     names: list[tuple[int, int] | None] = []
     contents = [content_of(prompt) for prompt in prompts]
     for i in range(0, len(contents), BATCH):
-        names += names_in(model, tokenizer, contents[i : i + BATCH])
+        names += names_in(model, tokenizer, contents[i : i + BATCH], shown)
         yield Phase.ANCHORS
     placed = yield from place(model, tokenizer, contents, sequences, names, anchors.keys)
     placed = natural_ends(model, tokenizer, prompts, placed)
@@ -165,18 +167,51 @@ def content_of(prompt: Prompt) -> str:
     return asked[-1] if asked else prompt[-1]["content"]
 
 
+class Shown(NamedTuple):
+    """Examples of texts with their names, as a model has read them."""
+
+    ids: list[int]
+    past: Any
+    """Keys and values of these tokens."""
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def names_in(model: Any, tokenizer: Any, contents: Seq[str]) -> list[tuple[int, int] | None]:
+def show(model: Any, tokenizer: Any) -> Shown | None:
+    """What a model reads before each question for a name; nothing where that cannot be kept. It is
+    kept of the untouched model: what an edit asks is then all that a turn has to read."""
+    if not leaves_only_keys(model):
+        return None
+    with_text, alone = (tokenizer(text)["input_ids"] for text in (f"{ASK}Text:", ASK))
+    pairs = zip(with_text, alone, strict=False)
+    ids = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    return Shown(ids, _past(model, ids))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def names_in(
+    model: Any, tokenizer: Any, contents: Seq[str], shown: Shown | None = None
+) -> list[tuple[int, int] | None]:
     """For each text, from which to which character the name in it goes; None if the model does not
-    go on with part of the text."""
+    go on with part of the text.
+
+    Args:
+        model: the model, untouched or edited.
+        tokenizer: its tokenizer.
+        contents: the texts.
+        shown: see `show`; by default the model reads that anew.
+    """
     whole = [list(tokenizer(f"{ASK}Text: {text}\nName:")["input_ids"]) for text in contents]
     # What all have in common is run once; at the seam a tokenizer may join what stands beside it.
     columns = zip(*whole, tokenizer(ASK)["input_ids"], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
     if not leaves_only_keys(model):
         common = 0
-    past = _past(model, whole[0][:common]) if common else None
+    if shown is not None and whole[0][:common] == shown.ids:
+        past = shown.past
+    else:
+        past = _past(model, whole[0][:common]) if common else None
     asked = [ids[common:] for ids in whole]
     first = logits_from(model, asked, [len(ids) - 1 for ids in asked], past)
     copies: list[list[tuple[int, list[int]]]] = []
@@ -253,6 +288,6 @@ def _rarities(model: Any, sequences: Seq[Sequence], shields: Mapping[str, Tensor
     total = torch.zeros(len(captured.row_owner), dtype=torch.float64)
     for name, shield in shields.items():
         keys = captured.keys[name].double()
-        left = keys.square().sum(1) - (keys @ shield.T).square().sum(1)
+        left = keys.square().sum(1) - (keys @ shield.double().T).square().sum(1)
         total += left.clamp_min(1e-30).log().cpu() / len(shields)
     return [total[captured.row_owner.cpu() == i].exp() for i in range(len(sequences))]

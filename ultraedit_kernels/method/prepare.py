@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ultraedit_kernels.method.guards import GuardError, Guards
+from ultraedit_kernels.method.locate import Shown, show
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.versions import Versions
 
@@ -23,12 +24,17 @@ class Preparation:
         tokenizer: its tokenizer.
         versions: of its weights, with what the stream of edits remembers.
         guards: what turns must pass.
+        at_names: whether edits are made at names, see `locate`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, versions: Versions, guards: Guards) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, versions: Versions, guards: Guards, at_names: bool
+    ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._versions, self._guards = versions, guards
+        self._versions, self._guards, self._at_names = versions, guards, at_names
         self._begun = False
+        self.shown: Shown | None = None
+        """What the untouched model has read before it is asked for names."""
 
     def finish(self, told: Callable[[float], None] | None = None) -> None:
         """See `Editor.prepare`. After `begin` it waits for nothing: turns protect what there is."""
@@ -65,6 +71,8 @@ class Preparation:
         try:
             versions.write(versions.pristine)
             self._guards.note_references()
+            if self._at_names:
+                self.shown = show(self._model, self._tokenizer)
             gathering.look_up(self._model, self._tokenizer, versions.base)
             for _ in self.gather(self._model) if gather else ():
                 if told is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ultraedit_kernels.method.moments import ROOM, Moments
+from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.repair import ROWS, SURE, Watch, lead_slopes
 from ultraedit_kernels.method.shield import extend_shield, sketch
-from ultraedit_kernels.model.capture import Captured, capture, second_moments
+from ultraedit_kernels.model.capture import Captured, all_keys, capture
 from ultraedit_kernels.model.encoding import Sequence, encode_prompt
 from ultraedit_kernels.model.generation import generate, logits_from, sample
+from ultraedit_kernels.model.parallel import Ranks
 from ultraedit_kernels.model.request import Prompt
 
 ANSWER_TOKENS = 16
@@ -55,6 +58,9 @@ NAMES_OUTPUT_RIDGE = 0.1
 """The same for edits at names, of the mean over all modules: one that much depends on is spared."""
 SLOPE_TEXTS = 50
 """Own texts of which the slopes of what follows are taken, for edits at names."""
+SHIELD = torch.float32
+"""Of shields for edits at names: half the memory, and what that rounds is less than a thousandth
+of what keys in half precision do."""
 FEW = 0.25
 """Share of own texts that are distinct, under which the operator is warned."""
 
@@ -66,9 +72,10 @@ class Anchors:
     """What a turn must leave as it is."""
 
     keys: dict[str, Tensor]
-    """Module → shield of the keys, [≤ limit, d_in] float64, see `shield.extend_shield`."""
+    """Module → shield of the keys, [≤ limit, d_in] float64, or float32 at names; see
+    `shield.extend_shield`."""
     outputs: dict[str, Tensor]
-    """Module → shield of the outputs, [≤ limit, d_out] float64: directions in which leads turn."""
+    """Module → shield of the outputs, [≤ limit, d_out] likewise: directions in which leads turn."""
     watch: Watch
 
     @classmethod
@@ -116,30 +123,40 @@ class OwnKeys:
     What early layers say at a token reaches the leads of others in ways that no first-order
     change shows: the texts are not watched, but kept for the guards.
 
-    Args: as of `OwnAnchors`.
+    Args:
+        weights: module → W [d_out, d_in].
+        ridge: λ of the ridge regression.
+        limit: rows that a module's shield may have.
+        ranks: among which the model is divided; each keeps the moments of some of the modules.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], ridge: float, limit: int) -> None:
-        self._weights, self._ridge, self._limit = weights, ridge, limit
+    def __init__(
+        self, weights: Mapping[str, Any], ridge: float, limit: int, ranks: Ranks | None = None
+    ) -> None:
+        self._weights, self._ridge, self._ranks = weights, ridge, ranks
+        size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
+        self._owner = {name: i % size for i, name in enumerate(weights)}
         self._moments, self._fisher = (
             {
-                n: w.new_zeros(w.shape[i], w.shape[i], dtype=torch.float64)
-                for n, w in weights.items()
+                name: Moments(w.shape[side], limit, w.device, self._owner[name] == rank)
+                for name, w in weights.items()
             }
-            for i in (1, 0)
+            for side in (1, 0)
         )
         self._texts = self._tokens = 0
         self._sure: list[Sequence] = []
 
-    def add(self, model: Any, texts: Seq[Sequence]) -> None:
-        """Run further texts through the model."""
-        names = list(self._weights)
-        for found in second_moments(model, texts, names, SAMPLE_BATCH):
-            for name, moment in self._moments.items():
-                moment += found[name]
+    def add(self, model: Any, texts: Seq[Sequence]) -> Generator[Phase, None, None]:
+        """Run further texts through the model; yields before and after pieces that use nothing of
+        it, and no other rank."""
+        names, size = list(self._weights), SAMPLE_BATCH
+        if not all(moments.whole for moments in self._moments.values()):
+            size = max(1, ROOM // max(map(len, texts)))
+        for keys in all_keys(model, texts, names, size):
+            yield from self._take(self._moments, keys)
         read = texts[: max(0, SLOPE_TEXTS - self._texts)]
-        for name, moment in output_moments(model, read, self._weights).items():
-            self._fisher[name] += moment
+        for slopes in output_slopes(model, read, names):
+            yield from self._take(self._fisher, slopes)
         kept = texts[: max(0, KEPT_TEXTS - self._texts)]
         short = [replace(text, target_ids=text.target_ids[:SAMPLE_TOKENS]) for text in kept]
         for part, captured in captures(model, short, names, backward=False):
@@ -147,61 +164,63 @@ class OwnKeys:
         self._texts += len(texts)
         self._tokens += sum(len(text.target_ids) for text in texts)
 
+    def _take(
+        self, moments: Mapping[str, Moments], rows: Mapping[str, Tensor]
+    ) -> Generator[Phase, None, None]:
+        for name, found in moments.items():
+            found.add(rows[name])
+        if any(found.full for found in moments.values()):
+            yield Phase.APART
+            for found in moments.values():
+                found.compress()
+            yield Phase.ANCHORS
+
     def anchors(self) -> Anchors:
-        """The anchors of the texts so far; uses nothing of the model."""
+        """The anchors of the texts so far, of a divided model with shields of this rank's modules
+        alone; uses nothing of the model, and no other rank."""
         anchors = Anchors.empty(self._weights)
         weight = OWN_TOKENS / max(1, self._tokens)
-        for name, moment in self._moments.items():
-            anchors.keys[name] = moment_shield(moment * weight, self._ridge, self._limit)
-        mean = sum(float(f.diagonal().mean()) for f in self._fisher.values()) / len(self._fisher)
+        for name, moments in self._moments.items():
+            anchors.keys[name] = moments.shield(weight, self._ridge).to(SHIELD)
+        widths = {name: w.shape[0] for name, w in self._weights.items()}
+        mean = sum(f.trace / widths[name] for name, f in self._fisher.items()) / len(widths)
         for name, fisher in self._fisher.items() if mean > 0 else ():
-            ridge = NAMES_OUTPUT_RIDGE * mean
-            anchors.outputs[name] = moment_shield(fisher, ridge, self._limit)
+            anchors.outputs[name] = fisher.shield(1.0, NAMES_OUTPUT_RIDGE * mean).to(SHIELD)
         sure = list(self._sure)
         watch = replace(anchors.watch, sequences=sure, own=len(sure))
         return replace(anchors, watch=watch)
 
+    def shared(self, anchors: Anchors) -> Anchors:
+        """The anchors with the shields of all ranks."""
+        if (ranks := self._ranks) is None:
+            return anchors
+        keys, outputs = (
+            {name: ranks.broadcast(rows, self._owner[name]) for name, rows in shields.items()}
+            for shields in (anchors.keys, anchors.outputs)
+        )
+        return Anchors(keys, outputs, anchors.watch)
 
-def output_moments(
-    model: Any, texts: Seq[Sequence], weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The Fisher information of the modules' outputs, module → [d_out, d_out] float64: Σ ggᵀ over
-    tokens, g the gradient of the log-likelihood of what the model wrote after them.
+
+def output_slopes(
+    model: Any, texts: Seq[Sequence], modules: Seq[str]
+) -> Iterator[dict[str, Tensor]]:
+    """Of which the Fisher information of the modules' outputs is Σ ggᵀ: module → g [tokens, d_out]
+    float32, the gradients of the log-likelihood of what the model wrote after a token; batch by
+    batch.
 
     Args:
         model: the model.
         texts: that it sampled.
-        weights: module → W [d_out, d_in].
+        modules: dotted names.
     """
-    moments = {
-        name: w.new_zeros(w.shape[0], w.shape[0], dtype=torch.float64)
-        for name, w in weights.items()
-    }
     # Not the first token, at which all texts are alike.
     later = [
         Sequence(s.prompt_ids + s.target_ids[:1], s.target_ids[1:])
         for s in texts
         if len(s.target_ids) > 1
     ]
-    for _, captured in captures(model, later, list(weights), margin=0.0):
-        for name, moment in moments.items():
-            slopes = captured.grads[name].float() * captured.averaged
-            moment += (slopes.T @ slopes).double()
-    return moments
-
-
-def moment_shield(moment: Tensor, ridge: float, limit: int) -> Tensor:
-    """The shield [≤ limit, d] of anchors of which Σ kkᵀ [d, d] float64 is known, see `shield`.
-
-    The weakest directions, which find no place in it, are taken to be alike, and their mean is a
-    part of the ridge: else a change would hide in them, where it does most harm.
-    """
-    squares, directions = torch.linalg.eigh(moment)
-    squares = squares.clamp_min(0.0)
-    kept, dropped = squares[-limit:], squares[:-limit]
-    floor = ridge + (float(dropped.mean()) if len(dropped) else 0.0)
-    shield: Tensor = (kept / (kept + floor)).sqrt()[:, None] * directions.T[-limit:]
-    return shield
+    for _, captured in captures(model, later, modules, margin=0.0):
+        yield {n: slopes.float() * captured.averaged for n, slopes in captured.grads.items()}
 
 
 class OwnAnchors:

@@ -65,7 +65,8 @@ class TurnResult:
     guards: dict[str, float]
     """What the guards measured, the largest of all modules: "change", ‖W - W_start‖ / ‖W_start‖ of
     the turn; "total_change", the same against the untouched weights; "lost", share of the untouched
-    model's own texts that it now continues otherwise; and, if not all of these were gathered yet,
+    model's own texts that it now continues otherwise, as before the turn if this is small and the
+    first ones are not; and, if not all of these were gathered yet,
     "protected", the share that was."""
     delta: EditDelta = field(repr=False, compare=False)
     """The change of the turn, committed or not."""

@@ -13,6 +13,9 @@ from torch import Tensor
 from ultraedit_kernels.ops import operations
 from ultraedit_kernels.ops.torch_backend import cholesky, solve_gram
 
+WIDENED = 128
+"""Rows of a shield in float32 that are widened at a time: they stay in the cache."""
+
 
 def sketch(rows: Tensor, limit: int) -> Tensor:
     """At most `limit` rows B with BᵀB ≈ AᵀA, all that a ridge system sees of anchors A [m, d].
@@ -36,18 +39,20 @@ def sketch(rows: Tensor, limit: int) -> Tensor:
 
 
 def extend_shield(shield: Tensor, anchors: Tensor, ridge: float, limit: int) -> Tensor:
-    """Add anchors A [k, d] to a shield B [m, d], float64; an empty B is no anchors.
+    """Add anchors A [k, d] to a shield B [m, d], in its dtype; an empty B is no anchors.
 
     Rows are added by one step of a block Cholesky. Once they are more than `limit` by a quarter,
     the weakest directions are dropped: not with every turn, it costs m³.
     """
     a = anchors.double()
-    seen = a @ shield.T
-    free = a - seen @ shield
+    free = a.clone()
+    for part in shield.split(WIDENED):
+        wide = part.double()
+        free -= (a @ wide.T) @ wide
     gram = a @ free.T
     gram.diagonal().add_(ridge)
     rows = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), free, upper=False)
-    extended = torch.cat([shield, rows])
+    extended = torch.cat([shield, rows.to(shield.dtype)])
     return extended if len(extended) <= limit + limit // 4 else sketch(extended, limit)
 
 
@@ -73,9 +78,8 @@ class System:
         if not self._shielded:
             self.keys = keys
             return
-        h = keys.double()
-        rest = h - (h @ shield.T) @ shield
-        self._gram = rest @ h.T
+        rest = shielded(keys.to(shield.dtype), shield)
+        self._gram = rest.double() @ keys.double().T
         self._factor = cholesky(self._gram, ridge)
         self.keys = rest.to(torch.promote_types(keys.dtype, torch.float32))
 

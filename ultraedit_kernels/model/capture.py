@@ -90,6 +90,7 @@ def capture(
     *,
     backward: bool = True,
     margin: float | Seq[float] = 0.0,
+    unless_led: bool = False,
 ) -> Captured:
     """Run one batch of sequences, and read the named modules where each is to be changed.
 
@@ -103,20 +104,21 @@ def capture(
         margin: logits by which the target token must lead, one number or one per sequence. It is
             taken from the target's logit before the cross entropy, which then pulls until the lead
             is there; 0 is the paper.
+        unless_led: compute no gradients if all target tokens lead by more than the margin.
 
     Raises:
         ValueError: empty batch, prompt or target; longer than the model's positions.
     """
     _check(model, sequences)
     with torch.inference_mode(False), evaluation_mode(model), _frozen(model):
-        return _capture(model, sequences, modules, backward, margin)
+        return _capture(model, sequences, modules, backward, margin, unless_led)
 
 
-def second_moments(
+def all_keys(
     model: Any, sequences: Seq[Sequence], modules: Seq[str], batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Σ kkᵀ over the keys k of all tokens but the last, module → [d_in, d_in] float64, batch by
-    batch; what stands above the last module is not computed.
+    """The keys of all tokens but the last, module → [tokens, d_in], batch by batch; what stands
+    above the last module is not computed.
 
     Args:
         model: a Hugging Face causal language model. Left as found.
@@ -138,12 +140,10 @@ def second_moments(
             suppress(_Enough),
         ):
             model.base_model(input_ids=ids, use_cache=False)
-        moments = {}
-        for name, keys in reader.keys.items():
+        for name in modules:
             if (shard := shard_of(model.get_submodule(name))) is not None:
-                keys = shard.whole(keys, 1)
-            moments[name] = (keys.float().T @ keys.float()).double()
-        yield moments
+                reader.keys[name] = shard.whole(reader.keys[name], 1)
+        yield reader.keys
 
 
 def leaves_only_keys(model: Any) -> bool:
@@ -168,6 +168,7 @@ def _capture(
     modules: Seq[str],
     backward: bool,
     margin: float | Seq[float],
+    unless_led: bool,
 ) -> Captured:
     split = backward and leaves_only_keys(model)
     batch = _pad(sequences, model.get_input_embeddings().weight.device, split)
@@ -190,36 +191,45 @@ def _capture(
             wanted = wanted.expand(len(sequences))[batch.owner]
             handicap = torch.zeros_like(logits).scatter_(1, batch.labels[:, None], wanted[:, None])
             objective = F.cross_entropy(logits - handicap, batch.labels, reduction="none")
-        grads: dict[str, Tensor] = {}
-        if backward:
-            outputs = list(reader.outputs.values())
-            half = outputs[0].dtype == torch.float16
-            loss = objective.mean() * (LOSS_SCALE if half else 1.0)
-            for name, g in zip(reader.outputs, torch.autograd.grad(loss, outputs), strict=True):
-                g = g[batch.rows]
-                grads[name] = g.float().div_(LOSS_SCALE) if half else g
+        logits = logits.detach()
+        lead, rival = _leads(logits, batch.labels)
+        backward = backward and not (unless_led and bool((lead > wanted).all()))
+        grads = _gradients(objective, reader.outputs, batch.rows) if backward else {}
         for name in modules:
             if (shard := shard_of(model.get_submodule(name))) is not None:
                 reader.keys[name] = shard.whole(reader.keys[name], 1)
                 if backward:
                     grads[name] = shard.whole(grads[name], 0)
-    logits = logits.detach()
-    top = logits.topk(2, dim=-1)
-    target = logits.gather(1, batch.labels[:, None]).squeeze(1)
-    other = (top.indices[:, :1] == batch.labels[:, None]).long()  # the second, if the target is top
-    loss = F.cross_entropy(logits, batch.labels, reduction="none")
     return Captured(
         reader.keys,
         grads,
         batch.rows.nonzero()[:, 0],
         batch.owner,
-        loss,
+        F.cross_entropy(logits, batch.labels, reduction="none"),
         objective.detach(),
-        target - top.values.gather(1, other).squeeze(1),
+        lead,
         batch.labels,
-        top.indices.gather(1, other).squeeze(1),
+        rival,
         len(batch.labels),
     )
+
+
+def _leads(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much the labels [n] lead in logits [n, vocabulary], and the best others, both [n]."""
+    top = logits.topk(2, dim=-1)
+    other = (top.indices[:, :1] == labels[:, None]).long()  # the second, if the label is top
+    lead = logits.gather(1, labels[:, None]).squeeze(1) - top.values.gather(1, other).squeeze(1)
+    return lead, top.indices.gather(1, other).squeeze(1)
+
+
+def _gradients(objective: Tensor, outputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Of the mean objective, per module at the rows; see `Captured.grads`."""
+    half = next(iter(outputs.values())).dtype == torch.float16
+    loss = objective.mean() * (LOSS_SCALE if half else 1.0)
+    grads = {}
+    for name, g in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+        grads[name] = g[rows].float().div_(LOSS_SCALE) if half else g[rows]
+    return grads
 
 
 @dataclass(frozen=True)

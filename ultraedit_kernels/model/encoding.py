@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from ultraedit_kernels.model.request import Prompt
 
 
+PADDING = 64
+"""Tokens of padding that cost about as much as one more pass through a model's weights."""
+
+
 @dataclass(frozen=True)
 class Sequence:
     """One edit as tokens.
@@ -28,6 +32,10 @@ class Sequence:
     target_ids: list[int]
     places: tuple[int, ...] = ()
     """Prompt tokens at which the model is changed, ascending; none for the answer positions."""
+
+    def __len__(self) -> int:
+        """How many tokens are run through the model: all but the last."""
+        return len(self.prompt_ids) + len(self.target_ids) - 1
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -146,6 +154,19 @@ def pad_right(rows: Seq[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return ids, mask
+
+
+def alike(sequences: Seq[Sequence], size: int) -> Iterator[list[Sequence]]:
+    """The sequences in batches of at most `size`, shortest first, with little padding in each."""
+    batch: list[Sequence] = []
+    for sequence in sorted(sequences, key=len):
+        padding = len(batch) * len(sequence) - sum(map(len, batch))
+        if batch and (len(batch) == size or padding > PADDING):
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
 
 
 def to_tensors(sequences: Seq[Sequence]) -> dict[str, Tensor]:
