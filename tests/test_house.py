@@ -58,6 +58,7 @@ FOREIGN = {
 
 ELSEWHERE = {
     "ultraedit_kernels/_version.py": "tests/test_package.py",
+    "integrations/vllm/calls.py": "tests/fleet/test_client.py",
     "integrations/vllm/deltas.py": "tests/integrations/vllm/test_endpoint.py",
     "integrations/vllm/commit.py": "tests/integrations/vllm/test_service.py",
     "integrations/vllm/engine_hooks.py": "tests/integrations/vllm/test_worker.py",
@@ -65,13 +66,13 @@ ELSEWHERE = {
     "integrations/vllm/engine_start.py": "tests/integrations/vllm/test_worker.py",
     "integrations/vllm/engine_work.py": "tests/integrations/vllm/test_worker.py",
     "integrations/vllm/extension.py": "tests/integrations/vllm/test_worker.py",
+    "integrations/vllm/follow.py": "tests/fleet/test_follow.py",
     "integrations/vllm/tokenizer.py": "tests/integrations/vllm/test_service.py",
     "ultraedit_kernels/cli/__main__.py": "tests/cli/test_main.py",
     "ultraedit_kernels/cli/app.py": "tests/cli/test_main.py",
     "ultraedit_kernels/cli/fleet.py": "tests/fleet/test_commands.py",
     "ultraedit_kernels/cli/job.py": "tests/cli/test_edit.py",
     "ultraedit_kernels/cli/show.py": "tests/cli/test_eval.py",
-    "ultraedit_kernels/fleet/calls.py": "tests/fleet/test_client.py",
     "ultraedit_kernels/kinds.py": "tests/test_settings.py",
     "ultraedit_kernels/method/change.py": "tests/method/test_turn.py",
     "ultraedit_kernels/method/phase.py": "tests/method/test_turn.py",
