@@ -27,6 +27,7 @@ ROOMS = (
     "integrations",
     "evaluation",
     "editor",
+    "callbacks",
     "method",
     "store",
     "model",

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from ultraedit_kernels.callbacks import TurnCallback, tell
 from ultraedit_kernels.method import guards
 from ultraedit_kernels.method.goals import Goals
 from ultraedit_kernels.method.guards import GuardError, Guards
@@ -56,11 +57,9 @@ class Editor:
         state_dir: directory of the versions; continued if it holds some, with the anchors that it
             holds. In memory if None. The editor keeps other processes out until `close`.
         keep: newest versions in the state directory that can be returned to at least.
-        writes: if not, another editor of the same model writes the state directory, and this one
-            makes each change after it.
+        writes: if not, another editor writes the state directory, and this one makes its changes.
         max_change: most that a turn may change a weight, as a share of its norm.
-        max_lost: most of the model's own texts, as a share, that a turn may make it continue
-            otherwise.
+        max_lost: most of the model's own texts, as a share, whose continuation a turn may change.
         canaries: prompts whose answer no turn may change, see `guards.load_canaries`.
         continues: file that `save_stream` wrote when the model was saved, edited: its statistics go
             on, and its edits are anchors as those of this editor are.
@@ -73,6 +72,7 @@ class Editor:
         guards: what every turn must pass, see `guards.Guards`.
         preparation: what comes before the first turn, see `prepare.Preparation`.
         at_names: whether edits are made at names, see `locate`, or at answer positions.
+        callbacks: told of every turn, see `callbacks`; to be appended to.
 
     Raises:
         ValueError: unknown or unsuitable modules, bad settings, or a state directory that is in
@@ -114,6 +114,7 @@ class Editor:
         check(given, "internal")
         self.model: Any = model
         self.tokenizer = tokenizer
+        self.callbacks: list[TurnCallback] = []
         self.modules = resolve_modules(model, self.model.config, modules)
         names = rounds != 1 and reads_names(self.model.config, self.modules)
         here = AT_NAMES if names else {}
@@ -213,7 +214,8 @@ class Editor:
                 self.versions.write(start)
         took = clock.milliseconds()
         watched = {"checked": done.checked, "broken": done.broken, "repaired": done.repaired}
-        return TurnResult(self.version, outcomes, took, watched, measured, delta, rejected)
+        made = TurnResult(self.version, outcomes, took, watched, measured, delta, rejected)
+        return tell(self.callbacks, made) if commit else made
 
     def rollback(self, version: int) -> None:
         """Return to a version bit for bit: from the pristine weights, by replay.
@@ -270,9 +272,9 @@ class Editor:
         finally:
             if not committed:
                 self.versions.write(start)
-        watched = {"checked": 0, "broken": 0, "repaired": 0}
-        timings = clock.milliseconds()
-        return TurnResult(self.version, (), timings, watched, measured, delta, rejected)
+        took, watched = clock.milliseconds(), {"checked": 0, "broken": 0, "repaired": 0}
+        made = TurnResult(self.version, (), took, watched, measured, delta, rejected)
+        return tell(self.callbacks, made) if commit else made
 
     def history(self) -> list[dict[str, Any]]:
         """One JSON-able record per version, oldest first."""
@@ -330,8 +332,7 @@ class Editor:
     def _measure(
         self, start: Mapping[str, Tensor], lost: float, commit: bool, numbers: Mapping[str, Tensor]
     ) -> Generator[Phase, None, tuple[dict[str, float], str | None]]:
-        """See `guards.or_why_not`, of the turn that led here and leaves numbers behind; before it,
-        so many of the texts were lost."""
+        """See `guards.or_why_not`; before the turn so many of the texts were lost."""
         texts = self.memory.own_texts(guards.OWN_TEXTS)
         work = self.guards.measure(start, texts, lost, self.settings.batch_size)
         measured, rejected = yield from guards.or_why_not(work, commit, numbers)
