@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.integrations.conftest import API_KEY
+from tests.integrations.vllm.browsing import Screen, chromium
 from tests.integrations.vllm.test_fleet import CAPITAL, Real, free_ports
 from tests.integrations.vllm.test_start import kill
 from ultraedit_kernels import ServerError, cli
@@ -51,6 +52,19 @@ def in_step(leader: Real, follower: Real) -> None:
         while (here := client.health(digest=True)).ranks[0] != wanted or here.follows.behind:
             assert time.monotonic() < deadline, here
             time.sleep(0.2)
+
+
+def test_the_page_of_a_follower_names_the_leader(pair: tuple[Real, Real]) -> None:
+    leader, follower = pair
+    in_step(leader, follower)
+    with chromium() as driver:
+        screen = Screen(driver, follower.url).open(API_KEY)
+        told = f"The server follows {leader.url}, in step. Changes are made there."
+        screen.wait_for("#health-text", told)
+        for name, text in CAPITAL.items():
+            screen.type(name, text)
+        screen.click('#form button[value="edit"]')
+        screen.wait_for("#form-problem", f"this server follows {leader.url}")
 
 
 def test_a_follower_serves_what_its_leader_does_through_restarts_of_both(
