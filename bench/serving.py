@@ -287,7 +287,7 @@ def measure(count: int, rounds: int, tokens: int) -> list[dict[str, Any]]:
         def ask_version(edit: bool) -> float:
             nonlocal version
             if edit and version == 0:
-                version = _apply(ours, change.to_bytes())
+                version = apply(ours, change.to_bytes())
                 if served(ours) != switched:
                     raise RuntimeError("the merged delta gives other weights than it does here")
             elif version and not edit:
@@ -343,7 +343,7 @@ def lora_options(rank: int, modules: Seq[str] | Mapping[str, Any], folder: Path)
     return [*options, "--lora-modules", f"{ADAPTER}={folder}"]
 
 
-def _apply(client: httpx.Client, delta: bytes) -> int:
+def apply(client: httpx.Client, delta: bytes) -> int:
     headers = {"Content-Type": "application/octet-stream"}
     response = client.post("/v1/edits/apply", content=delta, headers=headers)
     if response.status_code != 200:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
+from ultraedit_kernels.callbacks import TurnCallback, tell
 from ultraedit_kernels.method import guards
 from ultraedit_kernels.method.contexts import CONTEXT_TEXTS
 from ultraedit_kernels.method.goals import Goals
@@ -57,11 +58,9 @@ class Editor:
         state_dir: directory of the versions; continued if it holds some, with the anchors that it
             holds. In memory if None. The editor keeps other processes out until `close`.
         keep: newest versions in the state directory that can be returned to at least.
-        writes: if not, another editor of the same model writes the state directory, and this one
-            makes each change after it.
+        writes: if not, another editor writes the state directory, and this one makes its changes.
         max_change: most that a turn may change a weight, as a share of its norm.
-        max_lost: most of the model's own texts, as a share, that a turn may make it continue
-            otherwise.
+        max_lost: most of the model's own texts, as a share, whose continuation a turn may change.
         canaries: prompts whose answer no turn may change, see `guards.load_canaries`.
         continues: file that `save_stream` wrote when the model was saved, edited: its statistics go
             on, and its edits are anchors as those of this editor are.
@@ -74,6 +73,7 @@ class Editor:
         guards: what every turn must pass, see `guards.Guards`.
         preparation: what comes before the first turn, see `prepare.Preparation`.
         at_names: whether edits are made at names, see `locate`, or at answer positions.
+        callbacks: told of every turn, see `callbacks`; to be appended to.
 
     Raises:
         ValueError: unknown or unsuitable modules, bad settings, or a state directory that is in
@@ -115,6 +115,7 @@ class Editor:
         check(given, "internal")
         self.model: Any = model
         self.tokenizer = tokenizer
+        self.callbacks: list[TurnCallback] = []
         self.modules = resolve_modules(model, self.model.config, modules)
         names = rounds != 1 and reads_names(self.model.config, self.modules)
         here = AT_NAMES if names else {}
@@ -218,7 +219,8 @@ class Editor:
                 self.versions.write(start)
         took = clock.milliseconds()
         watched = {"checked": done.checked, "broken": done.broken, "repaired": done.repaired}
-        return TurnResult(self.version, outcomes, took, watched, measured, delta, rejected)
+        made = TurnResult(self.version, outcomes, took, watched, measured, delta, rejected)
+        return tell(self.callbacks, made) if commit else made
 
     def rollback(self, version: int) -> None:
         """Return to a version bit for bit: from the pristine weights, by replay.
@@ -275,9 +277,9 @@ class Editor:
         finally:
             if not committed:
                 self.versions.write(start)
-        watched = {"checked": 0, "broken": 0, "repaired": 0}
-        timings = clock.milliseconds()
-        return TurnResult(self.version, (), timings, watched, measured, delta, rejected)
+        took, watched = clock.milliseconds(), {"checked": 0, "broken": 0, "repaired": 0}
+        made = TurnResult(self.version, (), took, watched, measured, delta, rejected)
+        return tell(self.callbacks, made) if commit else made
 
     def history(self) -> list[dict[str, Any]]:
         """One JSON-able record per version, oldest first."""

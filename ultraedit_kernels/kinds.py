@@ -78,6 +78,12 @@ STEP_SIZE = Kind(
 )
 SWITCH = Kind("true or false", lambda x: isinstance(x, bool), bool, "", bool)
 NAMES = Kind("'auto' or a list of names of modules", _is_names, _names, "NAME[,NAME]", list)
+URL = Kind(
+    "the URL of a server, such as http://HOST:PORT",
+    lambda x: x is None or (isinstance(x, str) and x.startswith(("http://", "https://"))),
+    str,
+    "URL",
+)
 PATH = Kind("a path", lambda x: x is None or isinstance(x, (str, Path)), os.path.abspath, "PATH")
 CANARIES = Kind(
     "a file, or a list", lambda x: isinstance(x, (str, Path, list, tuple)), os.path.abspath, "FILE"

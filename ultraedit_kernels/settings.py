@@ -23,6 +23,7 @@ from ultraedit_kernels.kinds import (
     SHARE,
     STEP_SIZE,
     SWITCH,
+    URL,
     Kind,
     choice,
     is_number,
@@ -307,6 +308,14 @@ class RouteSettings:
         "Serve although there is no key at all, so that everybody who reaches the port can change "
         "the model.",
         serve="--edit-without-key",
+    )
+    follow: str | None = _setting(
+        None,
+        URL,
+        "Server whose versions are taken, in the place of edits of its own; asked with "
+        "$ULTRAEDIT_LEADER_KEY, else with the first key of this one.",
+        serve="--follow",
+        unset="none",
     )
     audit_prompts: bool = _setting(
         True,

@@ -17,7 +17,8 @@ async def apply(turn: Turn, data: bytes, asked: ApplyQuery, begun: float) -> dic
     is not applied again.
 
     Raises:
-        EditError: 409, the key was used for something else, or other weights are served than asked.
+        EditError: 409, the key was used for something else, or other weights are served than asked,
+            or would be.
     """
     queue_ms = ms_since(begun)
     # Of what it changes: safetensors writes the same delta in other bytes each time.
@@ -35,6 +36,14 @@ async def apply(turn: Turn, data: bytes, asked: ApplyQuery, begun: float) -> dic
         timings = _timings(turn, begun, queue_ms, 0.0)
         answer = {"version": live["version"], "digest": result["digest"], "timings": timings}
         return answer | {"before": live["recorded"], "rejected": result["rejected"]}
+    if asked.expected not in (None, result["digest"]):
+        raise EditError(
+            409,
+            f"the weights would have digest {result['digest']}, expected {asked.expected}, and "
+            "nothing was changed; apply it to the version that it was made after, on equal devices "
+            "and with equal versions of the library",
+            "expected",
+        )
     commit_ms = await turn.commit(result["version"])
     answer = await _version_answer(turn, begun, queue_ms, commit_ms)
     return answer | {"before": live["recorded"]}

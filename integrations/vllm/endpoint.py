@@ -30,6 +30,7 @@ from vllm.logger import init_logger
 
 from ultraedit_kernels.integrations.vllm import keys, metrics
 from ultraedit_kernels.integrations.vllm.audit import Audit
+from ultraedit_kernels.integrations.vllm.follow import Follower, Leader
 from ultraedit_kernels.integrations.vllm.gathering import gather
 from ultraedit_kernels.integrations.vllm.page import PageFiles
 from ultraedit_kernels.integrations.vllm.protocol import (
@@ -49,7 +50,11 @@ from ultraedit_kernels.integrations.vllm.protocol import (
     error_response,
 )
 from ultraedit_kernels.integrations.vllm.service import EditService
-from ultraedit_kernels.integrations.vllm.settings import edit_keys, require_key
+from ultraedit_kernels.integrations.vllm.settings import (
+    LEADER_KEY_VARIABLE,
+    edit_keys,
+    require_key,
+)
 from ultraedit_kernels.settings import RouteSettings, check, only
 
 logger = init_logger("vllm.ultraedit")
@@ -91,6 +96,13 @@ class UltraEditEndpoint:
         state.ultraedit = service
         metrics.serving((await service.status(False))[0]["version"])
         self._gathering = asyncio.create_task(gather(service.engines.leader, metrics.gathered))
+        state.ultraedit_follower = None
+        if settings.follow is not None:
+            key = os.environ.get(LEADER_KEY_VARIABLE) or next(iter([*own_keys, *api_keys]), None)
+            follower = Follower(service, Leader(settings.follow, key), state.ultraedit_audit)
+            await follower.catch_up()  # before anybody is answered
+            state.ultraedit_follower = follower
+            self._following = asyncio.create_task(follower.run())
 
 
 class _Route(APIRoute):
@@ -221,6 +233,9 @@ async def _change(
 
     async def recorded() -> dict[str, Any]:
         try:
+            if (follower := request.app.state.ultraedit_follower) is not None:
+                work.close()
+                raise follower.refusal()
             with metrics.queued():
                 answer = await work
         except Exception as error:
@@ -317,7 +332,9 @@ async def health(request: Request, digest: bool = False) -> Response:
     service = _service(request)
     ranks = await service.status(digest)
     recorded = ranks[0]["recorded"] if digest and ranks[0]["version"] else None
-    found = Health.of(ranks, recorded, service.changes())
+    follower: Follower | None = request.app.state.ultraedit_follower
+    follows = None if follower is None else follower.state()
+    found = Health.of(ranks, recorded, service.changes(), follows)
     return JSONResponse(found.model_dump(), 200 if found.status == "ok" else 503)
 
 

@@ -322,6 +322,7 @@ class EngineSide:
             "foreign": self.twin.watch.foreign,
             "newest": newest,
             "recorded": self.recorded,
+            "base": self.editor.versions.recorded(0),
             "digest": digest_all(self.twin.live) if digest else None,
             "turn": self.turn is not None,
             "traffic_keys": len(self.traffic or ()),

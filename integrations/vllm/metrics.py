@@ -34,6 +34,11 @@ class _Metrics:
             "Share of the model's own texts that are written, which edits are to leave alone.",
             multiprocess_mode="mostrecent",
         )
+        self.behind = Gauge(
+            "ultraedit_versions_behind",
+            "Versions that a server is behind the leader that it follows.",
+            multiprocess_mode="mostrecent",
+        )
         self.changes = Counter(
             "ultraedit_changes", "Changes asked for, by kind and outcome.", ["kind", "outcome"]
         )
@@ -61,6 +66,11 @@ def _metrics() -> _Metrics:
 def serving(version: int) -> None:
     """The version that is served from now on."""
     _metrics().version.set(version)
+
+
+def behind(versions: int) -> None:
+    """How far the server is behind its leader."""
+    _metrics().behind.set(versions)
 
 
 def gathered(share: float) -> None:

@@ -62,6 +62,7 @@ EXPECTED = {
     "digest": "true or false",
     "space": "true, false, or null for what the model would write",
     "serving": "the digest of a version, 64 hexadecimal digits",
+    "expected": "the digest of a version, 64 hexadecimal digits",
     "before": "a whole number above 0: list versions below it",
 }
 
@@ -169,6 +170,8 @@ class ApplyQuery(BaseModel):
     """The same key with the same file is applied once."""
     serving: str | None = Field(default=None, pattern=f"^{DIGEST}$")
     """Apply it only if the version that is served has this digest."""
+    expected: str | None = Field(default=None, pattern=f"^{DIGEST}$")
+    """Commit it only if the weights have this digest then."""
 
 
 class ErrorInfo(BaseModel):
@@ -300,6 +303,21 @@ class Change(BaseModel):
     """Since it was asked for."""
 
 
+class Follows(BaseModel):
+    """How a server that follows another one is doing."""
+
+    leader: str
+    """URL of the leader."""
+    version: int | None
+    """That the leader served when it was last heard of; null if it never was."""
+    behind: int | None
+    """Versions of the leader that are to be taken, and of this server that it has taken back."""
+    seconds: float | None
+    """Since the leader was last heard of."""
+    error: str | None
+    """Why the leader's version is not served; it is tried again."""
+
+
 class Health(BaseModel):
     """Whether all ranks serve the same weights, and which."""
 
@@ -307,7 +325,11 @@ class Health(BaseModel):
     version: int
     digest: str | None = None
     """That the journal has for the version."""
+    base: str | None = None
+    """The digest of the untouched weights, version 0."""
     library_version: str = __version__
+    follows: Follows | None = None
+    """Of a server that takes the versions of a leader."""
     turn: bool
     """Whether a change is under way."""
     queue: list[Change]
@@ -324,9 +346,10 @@ class Health(BaseModel):
         ranks: Sequence[Mapping[str, Any]],
         recorded: str | None,
         queue: Sequence[Mapping[str, Any]] = (),
+        follows: Follows | None = None,
     ) -> Health:
         """Of the ranks' answers, the digest that the journal has for the first one's version if it
-        is to be compared, and the changes of this server."""
+        is to be compared, the changes of this server, and how it follows its leader."""
         digests = {rank["digest"] for rank in ranks} | ({recorded} if recorded else set())
         same = len({rank["version"] for rank in ranks}) == 1 and len(digests) == 1
         same = same and not any(rank.get("foreign") for rank in ranks)
@@ -334,6 +357,8 @@ class Health(BaseModel):
             status="ok" if same else "diverged",
             version=ranks[0]["version"],
             digest=ranks[0].get("recorded"),
+            base=ranks[0].get("base"),
+            follows=follows,
             turn=ranks[0]["turn"],
             queue=[Change(**change) for change in queue],
             traffic_keys=ranks[0]["traffic_keys"],

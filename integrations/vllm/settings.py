@@ -8,6 +8,10 @@ KEYS_VARIABLE = "ULTRAEDIT_API_KEY"
 """Environment variable with the edit keys, separated by commas: vLLM logs its options."""
 
 
+LEADER_KEY_VARIABLE = "ULTRAEDIT_LEADER_KEY"
+"""Environment variable with the key of the leader that a server follows, if it is another one."""
+
+
 def edit_keys(environ: Mapping[str, str]) -> list[str]:
     """The edit keys of the environment."""
     return [key for part in environ.get(KEYS_VARIABLE, "").split(",") if (key := part.strip())]

@@ -189,6 +189,8 @@ class Status(Answer):
     """The journal's last version."""
     recorded: str
     """The digest that the journal has for the live version."""
+    base: str
+    """That of version 0."""
     digest: str | None
     turn: bool
     """Whether one is under way."""

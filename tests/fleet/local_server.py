@@ -28,6 +28,7 @@ from ultraedit_kernels import EditDelta, Editor, EditRequest
 from ultraedit_kernels.fleet.client import Client
 from ultraedit_kernels.integrations.vllm import deltas, endpoint, keys
 from ultraedit_kernels.integrations.vllm.audit import Audit
+from ultraedit_kernels.integrations.vllm.follow import Follower, Leader
 from ultraedit_kernels.integrations.vllm.protocol import ApplyQuery, EditError, EditsBody
 from ultraedit_kernels.method.guards import GuardError
 from ultraedit_kernels.settings import RouteSettings
@@ -47,6 +48,7 @@ class Turn:
 
     def __init__(self, service: Service, asked: Sequence[str]) -> None:
         self.service, self.editor = service, service.editor
+        self.committed = False
         self.known = {
             request["key"]: record
             for record in self.editor.history()
@@ -56,7 +58,9 @@ class Turn:
 
     async def status(self) -> Any:
         editor = self.editor
-        return {"version": editor.version, "recorded": editor.versions.recorded(editor.version)}
+        versions = editor.versions
+        recorded = versions.recorded(editor.version)
+        return {"version": editor.version, "recorded": recorded, "base": versions.recorded(0)}
 
     async def apply_delta(self, data: bytes, note: Any, dry_run: bool) -> Any:
         self.service.step("check" if dry_run else "apply")
@@ -77,6 +81,7 @@ class Turn:
 
     async def commit(self, version: int) -> float:
         self.service.step("served")
+        self.committed = True
         return 0.0
 
     async def rollback(self, version: int) -> None:
@@ -126,7 +131,12 @@ class Service:
     @asynccontextmanager
     async def turn(self, key: str | None = None) -> Any:
         async with self.lock:
-            yield Turn(self, [key] if key else [])
+            turn, before = Turn(self, [key] if key else []), self.editor.version
+            try:
+                yield turn
+            finally:  # what was not committed is dropped, as `commit.take_turn` does
+                if not turn.committed and self.editor.version > before:
+                    self.editor.rollback(before)
 
     async def apply(self, data: bytes, asked: ApplyQuery) -> dict[str, Any]:
         async with self.turn(asked.idempotency_key) as turn:
@@ -157,25 +167,41 @@ class Service:
         ]
 
     async def delta(self, version: int) -> bytes:
-        if not 0 < version <= self.editor.version:
+        if not self.editor.oldest < version <= self.editor.version:
             raise EditError(404, f"version {version} has no delta in the journal", "version")
         return self.editor.delta(version).to_bytes()
 
 
-def application(folder: Path, key: str, settings: dict[str, Any]) -> Any:
-    """The routes under a key."""
-    app = FastAPI()
+def application(
+    folder: Path, key: str, settings: dict[str, Any], leader: tuple[str, str] | None
+) -> Any:
+    """The routes under a key; with a leader's URL and key, of a server that follows it."""
+
+    @asynccontextmanager
+    async def following(app: FastAPI) -> Any:
+        follower = app.state.ultraedit_follower
+        if follower is not None:
+            await follower.catch_up()
+            app.state.following = asyncio.create_task(follower.run())
+        yield
+
+    app = FastAPI(lifespan=following)
     app.include_router(endpoint.router)
     app.state.ultraedit_settings = RouteSettings()
     app.state.ultraedit_audit = Audit(str(folder), True)
     app.state.ultraedit = Service(folder, settings)
+    app.state.ultraedit_follower = None
+    if leader is not None:
+        app.state.ultraedit_follower = Follower(
+            app.state.ultraedit, Leader(*leader), app.state.ultraedit_audit
+        )
     return keys.EditKeys(app, [key], [])
 
 
-def serve(folder: Path, port: int, key: str, settings: dict[str, Any]) -> None:
+def serve(folder: Path, port: int, *how: Any) -> None:
     """Serve until the process ends."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    uvicorn.run(application(folder, key, settings), port=port, log_level="error")
+    uvicorn.run(application(folder, *how), port=port, log_level="error")
 
 
 # Forks of a process that has imported everything; never of a test's, which has threads.
@@ -190,6 +216,7 @@ class LocalServer:
     folder: Path
     key: str = KEY
     settings: dict[str, Any] = field(default_factory=dict)
+    leader: tuple[str, str] | None = None
     port: int = 0
     process: BaseProcess | None = None
 
@@ -207,7 +234,7 @@ class LocalServer:
                 free.bind(("127.0.0.1", 0))
                 self.port = free.getsockname()[1]
         self.folder.mkdir(exist_ok=True)
-        arguments = (self.folder, self.port, self.key, self.settings)
+        arguments = (self.folder, self.port, self.key, self.settings, self.leader)
         self.process = PROCESSES.Process(target=serve, args=arguments, daemon=True)
         self.process.start()
         with self.client as client:

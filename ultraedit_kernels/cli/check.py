@@ -24,6 +24,7 @@ from ultraedit_kernels.settings import EditorSettings
 
 if TYPE_CHECKING:
     from ultraedit_kernels.evaluation.gate import Limits
+    from ultraedit_kernels.evaluation.harness import Tasks
 
 FAILED = 3
 """Exit status of a change that was checked and does not pass."""
@@ -69,6 +70,20 @@ Junit = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the verd
 Anchors = Annotated[
     int, typer.Option(min=0, metavar="N", help="Texts of the model's own for the guards.")
 ]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASK[,TASK]",
+        help="Of a model: tasks of lm-evaluation-harness to score before and after.",
+    ),
+]
+LmEvalPath = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder of further tasks, as YAML files.")
+]
+LmEvalLimit = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Ask the first N documents of each task.")
+]
 Tokenizer = Annotated[
     str | None,
     typer.Option(
@@ -90,6 +105,9 @@ def check(
     json_file: Json = None,
     junit: Junit = None,
     anchors: Anchors = EditorSettings.anchors,
+    lm_eval: LmEval = None,
+    lm_eval_path: LmEvalPath = None,
+    lm_eval_limit: LmEvalLimit = None,
     tokenizer: Tokenizer = None,
     limit: Limit = None,
     strict: Strict = False,
@@ -109,18 +127,14 @@ def check(
             check_folder(file)
     limits = Limits(min_hold, max_kl)
     if model.startswith(("http://", "https://")):
-        if texts is not None or canaries is not None:
-            raise typer.BadParameter(
-                "a server has its own canaries and reads no texts; leave them out",
-                param_hint="--texts, --canaries",
-            )
+        _check_alone(texts, canaries, lm_eval)
         report = _check_server(model, tests, delta, limits, tokenizer, limit, strict)
     elif delta is None:
         raise typer.BadParameter("a model is checked with a change; name it", param_hint="--delta")
     else:
-        report = _check_model(
-            model, tests, delta, limits, canaries, texts, anchors, limit, strict, dtype, device
-        )
+        tasks = None if lm_eval is None else _tasks(lm_eval, lm_eval_path, lm_eval_limit)
+        how = (canaries, texts, tasks, anchors, limit, strict, dtype, device)
+        report = _check_model(model, tests, delta, limits, *how)
     named = {"checked": model, "delta": None if delta is None else str(delta), "tests": str(tests)}
     report = named | report
     _print(report)
@@ -133,6 +147,28 @@ def check(
         raise typer.Exit(FAILED)
 
 
+def _check_alone(texts: Path | None, canaries: Path | None, lm_eval: str | None) -> None:
+    """Raise typer.BadParameter for what is asked of a model in this process only."""
+    if texts is not None or canaries is not None:
+        raise typer.BadParameter(
+            "a server has its own canaries and reads no texts; leave them out",
+            param_hint="--texts, --canaries",
+        )
+    if lm_eval is not None:
+        raise typer.BadParameter(
+            "tasks are asked of a model in this process; name the model, or run lm_eval by itself "
+            "on the server",
+            param_hint="--lm-eval",
+        )
+
+
+def _tasks(names: str, folder: Path | None, limit: int | None) -> Tasks:
+    from ultraedit_kernels.evaluation.harness import Tasks
+
+    with ERR.status("reading the tasks"):
+        return Tasks([part for name in names.split(",") if (part := name.strip())], folder, limit)
+
+
 def _check_model(
     name: str,
     tests: Path,
@@ -140,6 +176,7 @@ def _check_model(
     limits: Limits,
     canaries: Path | None,
     texts: Path | None,
+    tasks: Tasks | None,
     anchors: int,
     limit: int | None,
     strict: bool,
@@ -158,10 +195,9 @@ def _check_model(
     if canaries is not None:
         settings["canaries"] = str(canaries)
     requests = [request for _, request in numbered]
+    own: dict[str, Any] = {"limits": limits, "settings": settings, "texts": prose}
     with ERR.status("checking"):
-        return check_model(
-            model, tokenizer, delta, requests, limits=limits, settings=settings, texts=prose
-        )
+        return check_model(model, tokenizer, delta, requests, **own, tasks=tasks)
 
 
 def _check_server(
@@ -232,5 +268,9 @@ def _print(report: dict[str, Any]) -> None:
         OUT.print(f"  {case['name']}: {case['message']}", soft_wrap=True)
     if len(missed) > SHOWN:
         OUT.print(f"  and {len(missed) - SHOWN} more")
+    tasks = report.get("lm_eval", {})
+    for name, score in tasks.get("before", {}).items():
+        if "_stderr" not in name:
+            OUT.print(f"{name}: {score:.4g} before, {tasks['after'][name]:.4g} after")
     good = report["passed"]
     OUT.print("passed" if good else "NOT PASSED", style="green" if good else "red")

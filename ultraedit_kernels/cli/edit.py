@@ -19,6 +19,7 @@ from ultraedit_kernels.cli.options import (
     Dtype,
     Edits,
     Limit,
+    LogTo,
     Model,
     Published,
     Strict,
@@ -56,6 +57,7 @@ def edit(
     strict: Strict = False,
     published: Published = False,
     template: TemplateArguments = None,
+    log: LogTo = None,
     dtype: Dtype = "auto",
     device: Device = None,
     *,
@@ -66,6 +68,7 @@ def edit(
     Editing OUT_DIR again continues its stream of edits. The exit status is 0 also if some edits do
     not hold; they are listed.
     """
+    from ultraedit_kernels.callbacks import log_to
     from ultraedit_kernels.model.wide import narrow
     from ultraedit_kernels.store.files import check_new, whole_folder
 
@@ -79,17 +82,18 @@ def edit(
                 f"{delta} would lie beside the checkpoint's weights, where servers take it for "
                 "one of them; write the delta elsewhere"
             )
-    job = load(model, edits, limit, strict, dtype, device, settings, arguments)
-    with whole_folder(out) as there:
-        made = make(job, turn_size)
-        others = _asked_elsewhere(job)
-        with ERR.status(f"writing {out}"):
-            if job.dtype is not None:
-                narrow(job.model, job.editor.modules, job.dtype)
-            save_checkpoint(job.model, job.shipped, job.editor, there)
-            if delta is not None:
-                _save_delta(job.editor, delta)
-
+    with log_to(log) as callbacks:
+        job = load(model, edits, limit, strict, dtype, device, settings, arguments)
+        job.editor.callbacks += callbacks
+        with whole_folder(out) as there:
+            made = make(job, turn_size)
+            others = _asked_elsewhere(job)
+            with ERR.status(f"writing {out}"):
+                if job.dtype is not None:
+                    narrow(job.model, job.editor.modules, job.dtype)
+                save_checkpoint(job.model, job.shipped, job.editor, there)
+                if delta is not None:
+                    _save_delta(job.editor, delta)
     print_verdict(job, made)
     print_forms(made.outcomes, others)
     OUT.print(f"checkpoint: {out}", soft_wrap=True)

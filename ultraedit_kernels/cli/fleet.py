@@ -96,7 +96,8 @@ def _say(url: str, text: str) -> None:
 def _row(url: str, found: Any) -> dict[str, Any]:
     if isinstance(found, Exception):
         error = str(found).removeprefix(f"{url}: ")
-        empty = {"version": None, "digest": None, "library_version": None, "turn": None}
+        names = ("version", "digest", "library_version", "turn", "follows")
+        empty = dict.fromkeys(names)
         return {"url": url, "status": "error", **empty, "error": error}
     return {
         "url": url,
@@ -105,6 +106,7 @@ def _row(url: str, found: Any) -> dict[str, Any]:
         "digest": found.digest,
         "library_version": found.library_version,
         "turn": found.turn,
+        "follows": None if found.follows is None else found.follows.model_dump(),
         "error": None,
     }
 
@@ -116,7 +118,16 @@ def _told(row: dict[str, Any]) -> str:
     told = f"version {row['version']}, digest {digest}, ultraedit-kernels {row['library_version']}"
     if row["status"] != "ok":
         told += ", ITS RANKS DIFFER: restart it"
-    return told + (", a change is under way" if row["turn"] else "")
+    told += ", a change is under way" if row["turn"] else ""
+    return told + (_following(row["follows"]) if row["follows"] else "")
+
+
+def _following(follows: dict[str, Any]) -> str:
+    if follows["error"] is not None:
+        how = f"but: {follows['error']}"
+    else:
+        how = f"{follows['behind']} behind" if follows["behind"] else "in step"
+    return f", follows {follows['leader']}, {how}"
 
 
 def _remedy(rows: list[dict[str, Any]], digests: int) -> str:

@@ -59,6 +59,12 @@ TemplateArguments = Annotated[
         "'{\"enable_thinking\": false}'.",
     ),
 ]
+LogTo = Annotated[
+    str | None,
+    typer.Option(
+        "--log-to", metavar="KIND:WHERE", help="Log every turn: tensorboard:DIR or mlflow:URI."
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(metavar="cpu|cuda[:N]", show_default="cuda if there is one")
 ]

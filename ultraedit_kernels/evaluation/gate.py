@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 from ultraedit_kernels.editor import Editor
 from ultraedit_kernels.evaluation.answers import ServedModel
 from ultraedit_kernels.evaluation.general import General
+from ultraedit_kernels.evaluation.harness import Tasks
 from ultraedit_kernels.evaluation.scores import evaluate, record_locality
 from ultraedit_kernels.model.request import EditRequest, Prompt
 from ultraedit_kernels.store.delta import EditDelta
@@ -51,6 +52,7 @@ def check_model(
     limits: Limits,
     settings: Mapping[str, Any] | None = None,
     texts: str | None = None,
+    tasks: Tasks | None = None,
 ) -> dict[str, Any]:
     """Check a change of a model in this process, and leave the model as it was.
 
@@ -61,10 +63,11 @@ def check_model(
         limits: what it must keep.
         settings: further ones of the Editor, whose guards it must pass.
         texts: prose to read before and after.
+        tasks: of lm-evaluation-harness, to score before and after.
 
     Returns:
         JSON-able: "guards", what they measured, "before" and "after", the scores and "texts",
-        "kl", "cases" and "passed".
+        "kl", "cases" and "passed"; with tasks "lm_eval", their scores "before" and "after".
 
     Raises:
         ValueError: the change is of another model, or the tests or texts cannot be used.
@@ -74,12 +77,16 @@ def check_model(
     neighbours = record_locality(*scored)
     before = evaluate(*scored, before=neighbours)
     read = None if texts is None else General.of(model, tokenizer, texts, ())
+    tasked = {} if tasks is None else {"before": tasks.scores(model, tokenizer)}
     tried = editor.apply_delta(delta, commit=False)
     with editor.versions.changed(delta):
         after = evaluate(*scored, before=neighbours)
         moved = None if read is None else read.measure(model, tokenizer)["prose"]
+        if tasks is not None:
+            tasked["after"] = tasks.scores(model, tokenizer)
     kl = {"neighbours": after["neighbours"]["kl"], "texts": moved and moved["kl"]}
     report = {"guards": tried.guards, "before": before, "after": after, "texts": moved, "kl": kl}
+    report |= {"lm_eval": tasked} if tasked else {}
     return judged(report, tried.rejected, limits)
 
 
@@ -174,7 +181,8 @@ def _holds(after: dict[str, Any], limits: Limits) -> list[Case]:
 
 
 def write_junit(report: Mapping[str, Any], path: Path) -> None:
-    """Write the cases as JUnit XML; what is tolerated counts as skipped."""
+    """Write the cases as JUnit XML; what is tolerated counts as skipped. Scores of tasks are
+    properties: "lm_eval/before/TASK/METRIC" and "lm_eval/after/..."."""
     cases = report["cases"]
     counts = {
         "tests": len(cases),
@@ -184,6 +192,13 @@ def write_junit(report: Mapping[str, Any], path: Path) -> None:
     }
     attributes = {name: str(count) for name, count in counts.items()}
     suite = ElementTree.Element("testsuite", {"name": "ultraedit", **attributes})
+    for when, scores in report.get("lm_eval", {}).items():
+        properties = suite.find("properties")
+        if properties is None:
+            properties = ElementTree.SubElement(suite, "properties")
+        for name, score in scores.items():
+            attributes = {"name": f"lm_eval/{when}/{name}", "value": f"{score:g}"}
+            ElementTree.SubElement(properties, "property", attributes)
     for case in cases:
         named = {"classname": f"ultraedit.{case['group']}", "name": _plain(case["name"])}
         element = ElementTree.SubElement(suite, "testcase", named)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ultraedit_kernels.fleet import calls
-from ultraedit_kernels.fleet.calls import Call, Edits, ServerError
+from ultraedit_kernels.integrations.vllm import calls
+from ultraedit_kernels.integrations.vllm.calls import Call, Edits, ServerError
 from ultraedit_kernels.integrations.vllm.protocol import (
     EditsAnswer,
     Health,

@@ -27,7 +27,7 @@ export class CallError extends Error {
  * Call a route. Paths are relative to /v1/edits/, so that a proxy may serve all of it elsewhere.
  *
  * @param {string} path such as "/health", or "" for /v1/edits itself
- * @param {object} [body] sent as JSON, with POST
+ * @param {object|Blob} [body] sent with POST: a file as it is, anything else as JSON
  * @param {{wait?: boolean, file?: boolean}} [how] wait: as long as it takes, for a change;
  *     file: the answer is one
  * @returns {Promise<any>} what the server answered
@@ -36,9 +36,10 @@ export class CallError extends Error {
 export async function call(path, body, how = {}) {
   const options = { cache: "no-store", credentials: "omit", redirect: "error", headers: headers() };
   if (body !== undefined) {
+    const file = body instanceof Blob;
     options.method = "POST";
-    options.body = JSON.stringify(body);
-    options.headers.set("Content-Type", "application/json");
+    options.body = file ? body : JSON.stringify(body);
+    options.headers.set("Content-Type", file ? "application/octet-stream" : "application/json");
   }
   if (!how.wait) options.signal = AbortSignal.timeout(SECONDS * 1000);
   try {

@@ -9,6 +9,7 @@ const ofMessage = document.getElementById("message-template");
 let made = 0;
 
 const copy = (template) => template.content.firstElementChild.cloneNode(true);
+const FIELDS = ["prompt", "target", "rephrases", "locality", "space"];
 const field = (box, name) => box.querySelector(`[name="${name}"]`);
 const isChat = (box) => box.querySelector('input[value="chat"]').checked;
 const lines = (box, name) => field(box, name).value.split("\n").map((line) => line.trim()).filter(Boolean);
@@ -36,8 +37,7 @@ function number() {
 /** Show the fields of a text or of a chat; those not shown are off, so that none is asked for. */
 function choose(box) {
   for (const [kind, on] of [[".as-text", !isChat(box)], [".as-chat", isChat(box)]]) {
-    const part = box.querySelector(kind);
-    part.hidden = part.disabled = !on;
+    for (const part of box.querySelectorAll(kind)) part.hidden = part.disabled = !on;
   }
 }
 
@@ -71,7 +71,7 @@ function addEdit(given = {}) {
     hint.id = `${hint.dataset.for}-hint-${made}`;
     field(box, hint.dataset.for).setAttribute("aria-describedby", hint.id);
   }
-  for (const name of ["prompt", "target", "rephrases", "locality"]) field(box, name).value = given[name] ?? "";
+  for (const name of FIELDS) field(box, name).value = given[name] ?? "";
   for (const message of given.messages?.length ? given.messages : [{}]) addMessage(box, message);
   box.querySelector(".add-message").addEventListener("click", () => {
     field(addMessage(box), "content").focus();
@@ -91,7 +91,7 @@ function draft() {
   return Array.from(edits.children, (box) => ({
     chat: isChat(box),
     messages: messagesOf(box),
-    ...Object.fromEntries(["prompt", "target", "rephrases", "locality"].map((name) => [name, field(box, name).value])),
+    ...Object.fromEntries(FIELDS.map((name) => [name, field(box, name).value])),
   }));
 }
 
@@ -118,6 +118,7 @@ export function open() {
   recalled().forEach(addEdit);
   number();
   edits.addEventListener("input", changed);
+  edits.addEventListener("change", changed);
   document.getElementById("add-edit").addEventListener("click", () => {
     const box = addEdit();
     changed();
@@ -136,9 +137,11 @@ export function read() {
   return Array.from(edits.children, (box) => {
     const target = field(box, "target").value;
     if (!isChat(box)) {
+      const space = field(box, "space").value;
       return {
         prompt: field(box, "prompt").value, target,
         rephrases: lines(box, "rephrases"), locality: lines(box, "locality"),
+        ...(space && { space: space === "yes" }),
       };
     }
     const messages = messagesOf(box);

@@ -1,6 +1,7 @@
 // The page for operators: what is served, what was done, and what is to be done next.
 
 import { call, key, newKey } from "./api.js";
+import * as delta from "./delta.js";
 import * as form from "./form.js";
 import { plot } from "./plot.js";
 import { article, result } from "./versions.js";
@@ -171,7 +172,7 @@ function connected(health, news, last) {
 // Showing
 
 function showHealth() {
-  const { status, version, ranks, queue, turn, traffic_keys: traffic } = state.health;
+  const { status, version, ranks, queue, turn, follows, traffic_keys: traffic } = state.health;
   const well = status === "ok";
   at("served").textContent = well ? `Serving version ${version}` : "Ranks differ";
   at("served").className = `served ${well ? "good" : "bad"}`;
@@ -179,6 +180,7 @@ function showHealth() {
   at("health-text").textContent = well
     ? `${times(ranks.length, "rank")}, ${ranks.length === 1 ? "which serves" : "all of which serve"} version ${version}.`
     : "Not all ranks serve what the journal says. Restart the server: every rank replays the journal.";
+  if (follows) at("health-text").textContent += ` ${followText(follows)}`;
   if (traffic) at("health-text").textContent += ` ${traffic} keys of live traffic are held still for each module.`;
   at("health-text").className = well ? "" : "banner bad";
   const read = state.digests?.version === version ? state.digests : null;
@@ -189,6 +191,11 @@ function showHealth() {
   }));
   at("queue").replaceChildren(...queue.map((change, i) => make("li", {}, changeText(change, i))));
   at("queue-text").textContent = queue.length ? "" : turn ? "A change of another API server is under way." : "Nothing is under way.";
+}
+
+function followText({ leader, behind, error }) {
+  const how = error ? `but: ${error}` : behind ? `${times(behind, "version")} behind` : "in step";
+  return `The server follows ${leader}, ${how}. Changes are made there.`;
 }
 
 function changeText({ kind, edits, dry_run: dry, seconds: age }, i) {
@@ -301,6 +308,12 @@ function submit(event) {
   else send({ edits, dry_run: false, idempotency_key: newKey() });
 }
 
+/** After a delta file was applied. */
+async function applied(version) {
+  changedTo(version);
+  await lookSoon();
+}
+
 // Going back
 
 let asked = null;
@@ -361,6 +374,7 @@ async function saveDelta(version) {
 function open() {
   at("host").textContent = location.host;
   form.open();
+  delta.open({ applied, failed, say, tell });
   at("key-form").addEventListener("submit", useKey);
   at("form").addEventListener("submit", submit);
   const clicks = {

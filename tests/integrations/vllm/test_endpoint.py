@@ -320,11 +320,14 @@ def test_a_delta_is_tried_and_applied_once_to_the_weights_that_were_meant(server
     broken = "a" * 64
     assert error_of(apply(serving=broken), 409)["param"] == "serving"
     assert "64 hexadecimal digits" in error_of(apply(serving="x"), 400)["message"]
+    assert error_of(apply(expected=broken), 409)["param"] == "expected"
+    assert "64 hexadecimal digits" in error_of(apply(expected="x"), 400)["message"]
+    assert server.client.get("/v1/edits/health", params={"digest": True}).json() == start
     assert "unknown parameter dry_rum" in error_of(apply(dry_rum=True), 400)["message"]
     error_of(apply(delta[:-1], idempotency_key="d"), 400)
     error_of(apply(delta[:-1], dry_run=True), 400)
 
-    first = apply(idempotency_key="d", serving=start["digest"]).json()
+    first = apply(idempotency_key="d", serving=start["digest"], expected=edited).json()
     again = apply(idempotency_key="d", serving=start["digest"]).json()
     for answer, repeated in ((first, False), (again, True)):
         assert (answer["version"], answer["digest"]) == (1, edited)

@@ -3,10 +3,11 @@ die: tests/fleet."""
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Real:
     start_process: Callable[..., subprocess.Popen[bytes]]
     folder: Path
     port: int
+    settings: dict[str, Any] = field(default_factory=dict)
     process: Any = None
 
     @property
@@ -45,8 +47,21 @@ class Real:
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
         state, log = self.folder / "state", self.folder / "server.log"
-        how = ["--dtype", "float32"]
+        given = {"--dtype": "float32"}
+        if self.settings:
+            own = {"anchors": 0, "state_dir": str(state)} | self.settings
+            given["--additional-config"] = json.dumps({"ultraedit": own})
+        how = [word for option in given.items() for word in option]
         self.process = self.start_process(MODEL, self.port, state, log, *how, anchors=0)
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(60)
+
+    def get(self, path: str) -> str:
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        return httpx.get(f"{self.url}{path}", headers=headers, timeout=60).text
 
     def answer(self, prompt: str) -> str:
         body = {"model": MODEL.name, "prompt": prompt, "temperature": 0}
@@ -56,15 +71,20 @@ class Real:
         return text.strip()
 
 
-@pytest.fixture(scope="module")
-def three(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """By their URLs, as a push goes through them."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, ascending."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = sorted(one.getsockname()[1] for one in sockets)
     for one in sockets:
         one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def three(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """By their URLs, as a push goes through them."""
     folder = tmp_path_factory.mktemp("fleet")
-    servers = [Real(start, folder / str(port), port) for port in ports]
+    servers = [Real(start, folder / str(port), port) for port in free_ports(3)]
     servers.sort(key=lambda server: server.url)
     try:
         for server in servers:
@@ -75,9 +95,7 @@ def three(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
         yield servers
     finally:
         for server in servers:
-            if server.process is not None and server.process.poll() is None:
-                server.process.terminate()
-                server.process.wait(60)
+            server.stop()
 
 
 def test_three_servers_serve_a_change_or_none_of_them_and_one_that_was_killed_is_told(

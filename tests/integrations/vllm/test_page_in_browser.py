@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -246,10 +247,86 @@ def test_the_form_is_kept_over_a_reload(screen: Screen) -> None:
     screen.click("#add-edit")
     screen.all('.edit input[value="chat"]')[1].click()
     screen.type("content", "What?", edit=1)
+    space(screen, "no")
     before = screen.run(READ)
     screen.driver.refresh()
     screen.wait(lambda: len(screen.all(".edit")) == 2)
     assert screen.run(READ) == before
+
+
+def space(screen: Screen, value: str) -> None:
+    screen.find(f'.edit [name="space"] option[value="{value}"]').click()
+
+
+@pytest.mark.parametrize(("value", "sent"), [("yes", True), ("no", False), ("", None)])
+def test_the_operator_says_whether_a_space_joins_a_text_and_its_target(
+    screen: Screen, value: str, sent: bool | None
+) -> None:
+    fill(screen)
+    space(screen, value)
+    (edit,) = screen.run(READ)
+    assert edit.get("space") is sent
+    screen.click('.edit input[value="chat"]')
+    assert not screen.find('.edit [name="space"]').is_displayed()
+    assert "space" not in screen.run(READ)[0]
+
+
+def test_what_is_said_of_the_space_is_what_is_taught(screen: Screen, server: Any) -> None:
+    fill(screen, target="Sydney")
+    space(screen, "no")
+    do(screen, "edit", "Version 1 was made")
+    assert server.complete(CAPITAL["prompt"])["text"] == "Sydney"
+
+
+# Delta files
+
+
+def choose(screen: Screen, file: Any) -> None:
+    screen.find("#delta-file").send_keys(str(file))
+
+
+def test_a_delta_file_is_tried_and_applied_once(screen: Screen, server: Any, tmp_path: Any) -> None:
+    server.edit(CAPITAL)
+    file, digest = tmp_path / "turn.safetensors", server.client.get("/v1/edits/1").json()["digest"]
+    file.write_bytes(server.client.get("/v1/edits/1/delta").content)
+    server.rollback(0)
+    choose(screen, file)
+    screen.click('#delta-form button[value="dry-run"]')
+    screen.wait_for("#delta-result", f"it passes, and the weights would have digest {digest}")
+    assert versions(server) == [] and server.answer(CAPITAL["prompt"]) == "Canberra"
+    for told in ("Version 1 was made.", "It was applied before, as version 1."):
+        screen.click('#delta-form button[value="apply"]')
+        screen.wait_for("#delta-result", told)
+        assert screen.content("#said") == [told]
+    screen.wait_for("#served", "Serving version 1")
+    screen.wait_for("#versions", "Version 1")
+    assert versions(server) == [1] and server.answer(CAPITAL["prompt"]) == "Sydney"
+
+
+def test_a_file_that_is_no_delta_or_is_rejected_is_told(
+    screen: Screen, server: Any, tmp_path: Any
+) -> None:
+    server.edit(CAPITAL)
+    delta = EditDelta.from_bytes(server.client.get("/v1/edits/1/delta").content)
+    server.rollback(0)
+    foreign = EditDelta(delta.factors, dict.fromkeys(delta.base, "0" * 64), delta.settings)
+    huge = EditDelta(
+        {n: replace(f, coeff=f.coeff * 1e4) for n, f in delta.factors.items()}, delta.base
+    )
+    contents = {
+        "truncated": (delta.to_bytes()[:-1], "may be truncated, fetch or save it again"),
+        "foreign": (foreign.to_bytes(), "belongs to another checkpoint or dtype"),
+        "empty": (b"", "expected a delta file and nothing else"),
+        "huge": (huge.to_bytes(), "the turn was rejected"),
+    }
+    for name, (content, told) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        choose(screen, tmp_path / name)
+        assert not screen.find("#delta-problem").is_displayed()
+        screen.click('#delta-form button[value="apply"]')
+        screen.wait_for("#delta-problem-text", told)
+        assert screen.focus == "delta-problem"
+    assert versions(server) == [] and server.answer(CAPITAL["prompt"]) == "Canberra"
 
 
 # While things happen
@@ -492,7 +569,7 @@ def test_all_is_done_with_the_keyboard(server: Any, driver: Any) -> None:
     press(screen, API_KEY, "ENTER")
     screen.wait(lambda: screen.focus == "form-heading")
     press(screen, "TAB", "TAB", CAPITAL["prompt"], "TAB", CAPITAL["target"])
-    for _ in range(4):  # rephrases, locality, another edit, dry run
+    for _ in range(5):  # rephrases, locality, space, another edit, dry run
         press(screen, "TAB")
     press(screen, "TAB", "ENTER")
     screen.wait_for("#result-heading", "Version 1 was made")
