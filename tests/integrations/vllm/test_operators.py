@@ -343,12 +343,15 @@ def test_the_dashboard_shows_metrics_that_exist(server: Any) -> None:
 
 
 def test_health_shows_every_rank(server: Any) -> None:
+    untouched = server.client.get("/v1/edits/health").json()["digest"]
     server.edit(CAPITAL)
     quick = server.client.get("/v1/edits/health").json()
     assert quick == {
         "status": "ok",
         "version": 1,
         "digest": server.client.get("/v1/edits/1").json()["digest"],
+        "base": untouched,
+        "follows": None,
         "library_version": __version__,
         "turn": False,
         "queue": [],

@@ -294,6 +294,10 @@ def test_a_delta_file_is_tried_and_applied_once(screen: Screen, server: Any, tmp
     screen.click('#delta-form button[value="dry-run"]')
     screen.wait_for("#delta-result", f"it passes, and the weights would have digest {digest}")
     assert versions(server) == [] and server.answer(CAPITAL["prompt"]) == "Canberra"
+    narrow = {"width": 320, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    screen.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", narrow)
+    assert screen.run("return document.documentElement.scrollWidth") <= 320
+    screen.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     for told in ("Version 1 was made.", "It was applied before, as version 1."):
         screen.click('#delta-form button[value="apply"]')
         screen.wait_for("#delta-result", told)
