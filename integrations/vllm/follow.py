@@ -172,7 +172,7 @@ class Follower:
         for number in range(here, 0, -1):
             own = (await self._service.history(1, number + 1))["entries"][0]
             if number <= there:
-                record = await self._leader.ask(calls.version(number))
+                record: dict[str, Any] = await self._leader.ask(calls.version(number))
                 if record["digest"] == own["digest"]:
                     return number, own["digest"]
             if not _taken(own):
@@ -185,9 +185,10 @@ class Follower:
 
     async def _take(self, number: int, serving: str) -> str:
         """Make the leader's next version; its digest."""
-        digest = (await self._leader.ask(calls.version(number)))["digest"]
+        record: dict[str, Any] = await self._leader.ask(calls.version(number))
+        digest = record["digest"]
         try:
-            data = await self._leader.ask(calls.delta(number))
+            data: bytes = await self._leader.ask(calls.delta(number))
         except ServerError as error:
             if error.status != 404:
                 raise

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ultraedit_kernels.integrations.vllm import calls
 from ultraedit_kernels.integrations.vllm.calls import Call, Edits, ServerError
@@ -29,8 +29,6 @@ TRIES = 3
 POLL = 0.5
 """Seconds between two questions of `wait`, and before a request is sent again."""
 
-T = TypeVar("T")
-
 
 class _Shared:
     """What both clients are made of."""
@@ -51,7 +49,7 @@ class _Shared:
         }
         self._lost = httpx.TransportError
 
-    def _answer(self, call: Call[T], response: Any) -> T:
+    def _answer(self, call: Call[Any], response: Any) -> Any:
         return call.answer(self.url, response.status_code, response.headers, response.content)
 
     def _no_answer(self, call: Call[Any], error: Exception) -> ServerError:
@@ -169,7 +167,7 @@ class Client(_Shared):
                 raise self._give_up(timeout, last)
             time.sleep(POLL)
 
-    def _send(self, call: Call[T], tries: int = TRIES) -> T:
+    def _send(self, call: Call[Any], tries: int = TRIES) -> Any:
         left = tries if call.repeat else 1
         while True:
             left -= 1
@@ -262,7 +260,7 @@ class AsyncClient(_Shared):
                 raise self._give_up(timeout, last)
             await asyncio.sleep(POLL)
 
-    async def _send(self, call: Call[T], tries: int = TRIES) -> T:
+    async def _send(self, call: Call[Any], tries: int = TRIES) -> Any:
         left = tries if call.repeat else 1
         while True:
             left -= 1
