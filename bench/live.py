@@ -1,17 +1,19 @@
 """What a server notices of edits: its start, one edit and ten, idle and beside streams, gathering.
 
-    python -m bench.live [--model smollm2|FOLDER] [--streams N] [--quiet SECONDS] [--output FILE]
+    python -m bench.live [--model smollm2|FOLDER] [--anchors N] [--streams N] [--output FILE]
 
 A vLLM server without the plugin is started twice, the second time measured: files are in memory
 then, as for the server with the plugin that follows, with nothing gathered yet. It takes an edit at
 once, streams while it gathers and after that, and takes chat edits, one by one and ten in a turn,
 idle, and the same ones beside streams. Rolled back in between, edits are the same work each time. A
-row goes to bench/results/live.csv. Takes a few minutes, most of them for gathering.
+row goes to bench/results/live.csv. Takes a few minutes, most of them for gathering. "Computed" are
+the seconds of all cores together (Linux), by which a busy machine does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -20,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -35,6 +37,7 @@ from bench.real_models import PACKAGES, checkpoint
 from bench.report import RESULTS
 from bench.scale import write
 from bench.serving import percentile, separate_cores
+from ultraedit_kernels.settings import TABLE
 
 say = Console(stderr=True, highlight=False, soft_wrap=True)
 NAME = "model"
@@ -115,12 +118,15 @@ def first_answer(client: httpx.Client) -> None:
 
 
 @contextmanager
-def started(folder: Path, plugin: bool) -> Iterator[tuple[httpx.Client, float]]:
-    """A server, and the seconds until its first answer."""
+def started(folder: Path, anchors: int | None) -> Iterator[tuple[httpx.Client, float]]:
+    """A server, without the plugin if `anchors` is None, and the seconds until its first answer."""
     plain = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager")
-    serve = (*SERVE[:2], str(folder)) if plugin else (*plain, "--model", str(folder))
+    serve = (*SERVE[:2], str(folder)) if anchors is not None else (*plain, "--model", str(folder))
+    options = list(OPTIONS)
+    if anchors is not None:
+        options += ["--additional-config", json.dumps({"ultraedit": {"anchors": anchors}})]
     begun = time.perf_counter()
-    with server(say, *OPTIONS, serve=serve, timeout=WAIT_SECONDS) as client:
+    with server(say, *options, serve=serve, timeout=WAIT_SECONDS) as client:
         first_answer(client)
         yield client, time.perf_counter() - begun
 
@@ -132,14 +138,36 @@ def edit(client: httpx.Client, edits: list[dict[str, Any]]) -> tuple[float, dict
     return time.perf_counter() - begun, answer
 
 
-def one_by_one(client: httpx.Client) -> tuple[list[float], int]:
-    """Seconds of each edit, and how many succeeded; from version 0 on."""
+def computed() -> float:
+    """Seconds that all cores together have computed for this process's servers."""
+    parents, seconds = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            values = file.read_text().rpartition(")")[2].split()
+            parents[file.parent.name] = values[1]
+            seconds[file.parent.name] = sum(map(int, values[11:13]))
+    ours = {str(os.getpid())}
+    for _ in parents:  # children come after their parents, but numbers begin anew
+        found = {child for child, parent in parents.items() if parent in ours} | ours
+        if found == ours:
+            break
+        ours = found
+    return sum(seconds[one] for one in ours - {str(os.getpid())}) / os.sysconf("SC_CLK_TCK")
+
+
+def one_by_one(client: httpx.Client) -> tuple[list[float], int, list[float]]:
+    """Seconds of each edit, how many succeeded, and seconds computed; from version 0 on."""
     post(client, "/v1/edits/rollback", {"version": 0})
-    made = [edit(client, [one]) for one in EDITS[:ALONE]]
-    for seconds, answer in made:
-        rounds = answer["edits"][0]["rounds"]
-        say.print(f"edit: {seconds:.2f} s, {rounds} rounds, {answer['timings']}")
-    return [seconds for seconds, _ in made], sum(a["edits"][0]["succeeded"] for _, a in made)
+    made, clocks = [], [computed()]
+    for one in EDITS[:ALONE]:
+        made.append(edit(client, [one]))
+        clocks.append(computed())
+    computing = [after - before for before, after in itertools.pairwise(clocks)]
+    for (seconds, answer), busy in zip(made, computing, strict=True):
+        rounds, timings = answer["edits"][0]["rounds"], answer["timings"]
+        say.print(f"edit: {seconds:.2f} s, {busy:.2f} s computed, {rounds} rounds, {timings}")
+    held = sum(answer["edits"][0]["succeeded"] for _, answer in made)
+    return [seconds for seconds, _ in made], held, computing
 
 
 def wait_for_gathering(client: httpx.Client) -> float:
@@ -158,7 +186,7 @@ def beside(client: httpx.Client, streams: int, quiet: float) -> dict[str, Any]:
         begun = time.perf_counter()
         time.sleep(quiet)
         middle = time.perf_counter()
-        took, held = one_by_one(client)
+        took, held, _ = one_by_one(client)
         end = time.perf_counter()
     before, during = (seen.between(a, b) for a, b in ((begun, middle), (middle, end)))
     return {
@@ -169,25 +197,28 @@ def beside(client: httpx.Client, streams: int, quiet: float) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, streams: int, quiet: float) -> dict[str, Any]:
+def measure(folder: Path, anchors: int, streams: int, quiet: float) -> dict[str, Any]:
     """The row."""
-    row: dict[str, Any] = {"edits": ALONE, "streams": streams}
+    row: dict[str, Any] = {"anchors": anchors, "edits": ALONE, "streams": streams}
     for _ in range(2):
-        with started(folder, plugin=False) as (client, seconds):
+        with started(folder, None) as (client, seconds):
             row |= {"plain_start_s": seconds}
-    with started(folder, plugin=True) as (client, seconds):
+    with started(folder, anchors) as (client, seconds):
         row |= {"start_s": seconds, "start_more_s": seconds - row["plain_start_s"]}
-        took, answer = edit(client, EDITS[:1])
-        row |= {"first_s": took, "first_held": answer["edits"][0]["succeeded"]}
+        seconds, answer = edit(client, EDITS[:1])
+        row |= {"first_s": seconds, "first_held": answer["edits"][0]["succeeded"]}
         post(client, "/v1/edits/rollback", {"version": 0})
         gathering = speed(client, streams, quiet)
         row |= {"gathering_s": wait_for_gathering(client)}
         row |= {"gathering_share": 1 - gathering / speed(client, streams, quiet)}
-        took, held = one_by_one(client)
+        took, held, busy = one_by_one(client)
         row |= {"idle_s": statistics.median(took), "idle_most_s": max(took), "held": held}
+        row |= {"idle_computed_s": statistics.median(busy)}
         row |= beside(client, streams, quiet)
         post(client, "/v1/edits/rollback", {"version": 0})
+        before = computed()
         seconds, answer = edit(client, EDITS)
+        row |= {"ten_computed_s": computed() - before}
         row |= {"ten_s": seconds, "ten_held": sum(one["succeeded"] for one in answer["edits"])}
     row |= {"beside_x": row["beside_s"] / row["idle_s"]}
     return row | {"p99_x": row["beside_p99_ms"] / row["quiet_p99_ms"]}
@@ -197,6 +228,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--anchors", type=int, default=TABLE["anchors"].default)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--quiet", type=float, default=8.0, help="seconds that streams are watched")
     parser.add_argument("--output", type=Path, default=RESULTS / "live.csv")
@@ -207,7 +239,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["ULTRAEDIT_CACHE"] = cache
-        row = measure(folder, given.streams, given.quiet)
+        row = measure(folder, given.anchors, given.streams, given.quiet)
     row = {n: f"{v:.4g}" if isinstance(v, float) else v for n, v in row.items()}
     engine = {"engine_on_cores": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")}
     made = {"time": time.strftime("%Y-%m-%d"), "load_average": f"{load:.2f}", **engine}
