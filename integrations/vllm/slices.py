@@ -155,7 +155,9 @@ class Slices:
         if self._apart:
             over = self._between.is_set()
             self._apart = not (over if self._ranks is None else self._ranks.all(over))
-        if not (self.private or self._apart or self._done):
+        # To wake the thread for nothing would cost the engine what a busy machine lets it wait.
+        due = ms > 0 or self._ranks is not None
+        if due and not (self.private or self._apart or self._done):
             start = time.perf_counter()
             self._deadline = start + ms / 1e3
             self._go.release()

@@ -65,6 +65,19 @@ def in_slices(slices: Slices, ms: float = SLICE) -> list[float]:
     return took
 
 
+def test_a_slice_of_no_time_does_not_wake_the_work(model: Layers) -> None:
+    woken: list[bool] = []
+
+    def work() -> Generator[str, None, None]:
+        woken.append(True)
+        yield "capture"
+
+    slices = Slices(work(), model)
+    assert not slices.step(0.0) and slices.longest == 0 and not woken
+    in_slices(slices)
+    assert slices.ended and slices.step(0.0) and woken
+
+
 def test_forward_backward_and_algebra_are_cut_by_the_clock(model: Layers) -> None:
     x = torch.randn(4, 8)
 
