@@ -164,6 +164,24 @@ def test_no_output_moves_beyond_reach_and_one_goal_holds_back_no_other(at, keys,
         assert torch.allclose(found[name][3:], 0.1 * values[name][3:], rtol=1e-4)
 
 
+def test_of_keys_that_move_alike_the_commonest_counts(keys):
+    """Against the least norm that moves them so, for keys [4, d_in] of two names."""
+    owner = torch.tensor([0, 0, 1, 0])
+    h = keys["a"][:4].double()
+    h[1] = h[0] + 1e-3 * h[1]  # a name in two texts
+    h[3] *= 0.05  # and where its key is common
+    for shield in (none(D_IN)["a"], extend_shield(none(D_IN)["a"], rows(30, D_IN, 50), 2.0, D_IN)):
+        found = System(h, 1.0, shield).tied_rarity(owner)
+        left = h - (h @ shield.T.double()) @ shield.double()
+        for name in (0, 1):
+            group = owner == name
+            ones = torch.ones(int(group.sum()), 1, dtype=torch.float64)
+            change = torch.linalg.lstsq(left[group] @ h[group].T, ones).solution
+            expected = (1 / change.sum()).expand(len(ones))
+            torch.testing.assert_close(found[group], expected, rtol=0.05, atol=0)
+        assert (found <= System(h, 1.0, shield).rarity * 1.001).all()
+
+
 def test_natural_values_gain_the_most_for_what_they_change_elsewhere(keys, grads):
     ridge, tokens = 2.0, rows(30, D_IN, 50)
     fisher = {name: (x := rows(9, D_OUT, 51 + i)).T @ x for i, name in enumerate(MODULES)}
@@ -173,7 +191,7 @@ def test_natural_values_gain_the_most_for_what_they_change_elsewhere(keys, grads
     one = {n: keys[n][:1] for n in MODULES}
     slopes = {n: grads[n][:1] for n in MODULES}
     systems = {n: System(one[n], ridge, shield[n]) for n in MODULES}
-    found = natural(slopes, outputs, systems)
+    found = natural(slopes, outputs, systems, Positions(torch.tensor([0]), torch.ones(1), 1))
 
     def cost(values: dict[str, Tensor]) -> Tensor:
         """½ Σ tr(F ΔW C ΔWᵀ), both damped, of the least change that moves each output so."""
@@ -198,6 +216,7 @@ def test_natural_values_gain_the_most_for_what_they_change_elsewhere(keys, grads
         spread = slopes[n] @ torch.linalg.solve(f, slopes[n].T)
         expected += 2 * (spread * (one[n] @ torch.linalg.solve(c, one[n].T))).sum()
     torch.testing.assert_close(best, expected)
+
     for seed in range(5):
         other = {n: v + 0.1 * rows(1, D_OUT, 60 + seed) for n, v in found.items()}
         assert gain(other) ** 2 / cost(other) < best

@@ -16,6 +16,9 @@ from ultraedit_kernels.ops.torch_backend import cholesky, solve_gram
 WIDENED = 128
 """Rows of a shield in float32 that are widened at a time: they stay in the cache."""
 
+JITTER = 1e-4
+"""Share of a key's square norm by which two that are alike are told apart."""
+
 
 def sketch(rows: Tensor, limit: int) -> Tensor:
     """At most `limit` rows B with BᵀB ≈ AᵀA, all that a ridge system sees of anchors A [m, d].
@@ -89,6 +92,20 @@ class System:
         if not self._shielded:
             return self.keys.float().square().sum(1)
         return self._gram.diagonal()
+
+    def tied_rarity(self, owner: Tensor) -> Tensor:
+        """[n] float64: the same for keys whose outputs all move alike, those of equal `owner` [n]:
+        1 / (1ᵀ(H̃Hᵀ)⁻¹1) over their rows. To move such outputs by v takes vvᵀ over it, and no more
+        than the rarest key leaves, however much the others do."""
+        gram = self._gram if self._shielded else self.keys.double() @ self.keys.double().T
+        least = gram.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
+        block = (gram + gram.T) / 2 * (owner[:, None] == owner)
+        block.diagonal().add_(JITTER * least)
+        share = torch.linalg.solve(block, gram.new_ones(len(owner)))
+        count = int(owner.max()) + 1
+        cost = gram.new_zeros(count).index_add_(0, owner, share)
+        most = gram.new_zeros(count).scatter_reduce_(0, owner, 1 / least, "amax")
+        return (1 / torch.maximum(cost, most))[owner]
 
     def solve(self, values: Tensor) -> Tensor:
         """Y [n, d_out] for values [n, d_out]; float64 if they are, else float32."""

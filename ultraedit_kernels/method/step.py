@@ -81,21 +81,26 @@ def steepest(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def natural(
-    grads: Mapping[str, Tensor], outputs: Mapping[str, Tensor], systems: Mapping[str, System]
+    grads: Mapping[str, Tensor],
+    outputs: Mapping[str, Tensor],
+    systems: Mapping[str, System],
+    at: Positions,
 ) -> dict[str, Tensor]:
     """The values, per module [n, d_out], that gain most for what they change elsewhere.
 
     A key k whose output moves by v changes what is said of general text by ½ vᵀFv / kᵀC⁻¹k, with F
-    and C as in `protect.own_keys`. The gain for the least change is v = -(kᵀC⁻¹k) F⁻¹g, the natural
-    gradient: more in modules where the key is rare, less where much depends on the output.
+    and C as in `protect.OwnKeys`. The gain for the least change is v = -(kᵀC⁻¹k) F⁻¹g, the natural
+    gradient: more in modules where the key is rare, less where much depends on the output. Of keys
+    that share their values, the commonest counts, see `System.tied_rarity`.
 
     Args:
         grads: g, module → [n, d_out].
         outputs: module → shield of F.
         systems: module → system of the keys, with the shield of C.
+        at: the positions, each of the goal that it shares values with.
     """
     return {
-        n: shielded(v, outputs[n]) * systems[n].rarity[:, None].to(v)
+        n: shielded(v, outputs[n]) * systems[n].tied_rarity(at.goal)[:, None].to(v)
         for n, v in steepest(grads).items()
     }
 

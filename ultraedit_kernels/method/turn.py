@@ -133,7 +133,7 @@ def _step(
         if names is None:
             values = descending(asked(1.0), slopes, at)
         else:
-            values = natural(slopes, anchors.outputs, systems)
+            values = natural(slopes, anchors.outputs, systems, names)
         values = sized(values, slopes, seen.objective, settings.step, at)
         if names is not None:
             values, at = tied(values, takes, names), names
