@@ -33,7 +33,7 @@ def test_an_answer_is_what_the_model_says_up_to_the_end_of_a_sentence(model, tok
         encode_prompt(tokenizer, prompt)
         for prompt in (PROMPT, CHAT, "The capital of France is", "Once upon a time", "?")
     ]
-    _, answers = run(contexts._first_sentences(model, tokenizer, prompts))
+    _, answers = run(contexts.first_sentences(model, tokenizer, prompts))
     whole = generate(model, tokenizer, prompts, max_new_tokens=contexts.ANSWER_TOKENS)
     for prompt, answer, all_of_it in zip(prompts, answers, whole, strict=True):
         assert answer == all_of_it[: len(answer)]
@@ -48,7 +48,7 @@ def test_the_target_stands_where_it_is_the_likeliest(model, tokenizer) -> None:
     answer = tokenizer(" city of the country and the", add_special_tokens=False)["input_ids"]
     for prompt, target in [(PROMPT, "Sydney"), ("Who wrote", "Hamlet"), (PROMPT, "country")]:
         sequence = Sequence(*_parts(tokenizer, prompt, target), places=(2,))
-        found = contexts._in_own_words(model, tokenizer, target, sequence, answer)
+        found = contexts.in_own_words(model, tokenizer, target, sequence, answer)
         start, chances = len(sequence.prompt_ids), {}
         for i in range(len(answer)):
             text = tokenizer.decode(sequence.prompt_ids + answer[:i])
@@ -77,7 +77,7 @@ def test_a_text_goes_before_what_is_asked_and_the_place_moves_along(tokenizer, p
     place = len(sequence.prompt_ids) - 3
     sequence = Sequence(sequence.prompt_ids, sequence.target_ids, (place,))
     text = Sequence([1], tokenizer("Bread is baked. So is cake")["input_ids"])
-    behind = contexts._behind(tokenizer, text, prompt, sequence)
+    behind = contexts.behind(tokenizer, text, prompt, sequence)
     (moved,) = behind.places
     assert behind.prompt_ids[moved:] == sequence.prompt_ids[place:]
     assert behind.target_ids == sequence.target_ids

@@ -122,12 +122,12 @@ def test_the_rarest_key_of_what_is_asked_is_taken_instead(anchors, tokenizer, pr
 
 def test_a_common_key_is_not_taken_for_a_names_end() -> None:
     inside = {0: 5, 1: 10, 2: 14, 3: 17, 4: 20}  # "Mount Electra, in it": where each token ends
-    assert locate._place(inside, (0, 14), [9.0, 2.0, 4.0, 3.0, 4.0]) == 2
-    assert locate._place(inside, (6, 17), [9.0, 2.0, 4.0, 0.1, 4.0]) == 2  # one before it
-    assert locate._place(inside, (14, 17), [9.0, 2.0, 4.0, 0.1, 4.0]) == 3  # there is no other
-    assert locate._place(inside, (0, 5), [9.0, 0.5, 4.0, 3.0, 4.0]) == 2  # the first of all
-    assert locate._place(inside, None, [9.0, 2.0, 4.0, 3.0, 5.0]) == 4
-    assert locate._place({0: 5}, (0, 5), [1.0]) == locate._place({0: 5}, None, [1.0]) == 0
+    assert locate.place_among(inside, (0, 14), [9.0, 2.0, 4.0, 3.0, 4.0]) == 2
+    assert locate.place_among(inside, (6, 17), [9.0, 2.0, 4.0, 0.1, 4.0]) == 2  # one before it
+    assert locate.place_among(inside, (14, 17), [9.0, 2.0, 4.0, 0.1, 4.0]) == 3  # there is no other
+    assert locate.place_among(inside, (0, 5), [9.0, 0.5, 4.0, 3.0, 4.0]) == 2  # the first of all
+    assert locate.place_among(inside, None, [9.0, 2.0, 4.0, 3.0, 5.0]) == 4
+    assert locate.place_among({0: 5}, (0, 5), [1.0]) == locate.place_among({0: 5}, None, [1.0]) == 0
 
 
 def test_content_is_the_last_message_of_the_user() -> None:

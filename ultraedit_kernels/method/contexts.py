@@ -50,20 +50,20 @@ def contexts_of(
     contexts: dict[int, list[Sequence]] = {edit: [] for edit in range(len(requests))}
     chats = [edit for edit in contexts if not isinstance(requests[edit].prompt, str)]
     prompts = [sequences[edit].prompt_ids for edit in chats]
-    answers = yield from _first_sentences(model, tokenizer, prompts)
+    answers = yield from first_sentences(model, tokenizer, prompts)
     for edit, answer in zip(chats, answers, strict=True):
         target = requests[edit].target
-        contexts[edit] += _in_own_words(model, tokenizer, target, sequences[edit], answer)
+        contexts[edit] += in_own_words(model, tokenizer, target, sequences[edit], answer)
         yield Phase.ANCHORS
     for edit, said in contexts.items():
         count = CONTEXTS - len(said) if texts else 0
         chosen = [texts[(CONTEXTS * edit + j) % len(texts)] for j in range(count)]
         prompt = requests[edit].prompt
-        said += [_behind(tokenizer, text, prompt, sequences[edit]) for text in chosen]
+        said += [behind(tokenizer, text, prompt, sequences[edit]) for text in chosen]
     return {edit: said for edit, said in contexts.items() if said}
 
 
-def _first_sentences(
+def first_sentences(
     model: Any, tokenizer: Any, prompts: Seq[list[int]]
 ) -> Generator[Phase, None, list[list[int]]]:
     """What the model says to each prompt, tokens up to the end of a sentence."""
@@ -90,7 +90,7 @@ def _ended(text: str) -> bool:
     return bool(set(text.strip()) & SENTENCE_ENDS or (text.strip() and text[-1] == "\n"))
 
 
-def _in_own_words(
+def in_own_words(
     model: Any, tokenizer: Any, target: str, sequence: Sequence, answer: list[int]
 ) -> list[Sequence]:
     """The target in the model's answer, where it is the likeliest; none if that is at once."""
@@ -113,7 +113,7 @@ def _words(tokenizer: Any, prompt: list[int], answer: list[int]) -> Iterator[tup
             yield i, before
 
 
-def _behind(tokenizer: Any, text: Sequence, prompt: Prompt, sequence: Sequence) -> Sequence:
+def behind(tokenizer: Any, text: Sequence, prompt: Prompt, sequence: Sequence) -> Sequence:
     """The sequence with a text before what is asked."""
     before = tokenizer.decode((text.prompt_ids[1:] + text.target_ids)[:TEXT_TOKENS])
     before = " ".join(before.split()).rstrip(".") + ". "

@@ -136,13 +136,15 @@ def place(
         for sequence, rarity in zip(part, _rarities(model, part, shields), strict=True):
             content, name = contents[len(placed)], names[len(placed)]
             inside = _tokens_of(tokenizer, sequence.prompt_ids, content)
-            at = _place(inside, name, rarity.tolist())
+            at = place_among(inside, name, rarity.tolist())
             placed.append(replace(sequence, places=(at,)))
         yield Phase.ANCHORS
     return placed
 
 
-def _place(inside: Mapping[int, int], name: tuple[int, int] | None, rarity: list[float]) -> int:
+def place_among(
+    inside: Mapping[int, int], name: tuple[int, int] | None, rarity: list[float]
+) -> int:
     """The token at which a prompt's name ends, of the tokens `inside` that `_tokens_of` found.
 
     A key that is common there, as that of " of" in a name that was found too long, takes a large
