@@ -367,8 +367,8 @@ def test_health_shows_every_rank(server: Any) -> None:
 
 
 def test_health_lists_what_is_under_way_and_what_waits(server: Any) -> None:
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(server.edit, CAPITAL, QUESTION, dry_run=True) for _ in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        runs = [pool.submit(server.edit, CAPITAL, QUESTION, dry_run=True) for _ in range(8)]
         seen = []
         while not all(run.done() for run in runs):
             seen.append(server.client.get("/v1/edits/health").json())

@@ -292,6 +292,7 @@ def test_every_setting_with_a_flag_is_an_option(
             "--edit-stretch": 2.5,
             "--edit-gather-share": 0.5,
             "--edit-modules": ["a.b"],
+            "--follow": "http://leader:8000",
         }
         expected = other.get(setting.serve, 7)
         if isinstance(setting.default, bool):
