@@ -1,8 +1,8 @@
 """Contexts: an edit's target said elsewhere, too, lest it be learnt by heart where it is asked.
 
-Behind texts of the model's own; and in a chat in the model's own words, inside its answer: most
-models answer in a sentence, and "Melbourne", taught as the answer, is not yet what they say after
-"The capital of Australia is".
+A text is said behind texts of the model's own. In a chat the target is said in the model's own
+words, inside its answer: most models answer in a sentence, and "Melbourne", taught as the answer,
+is not yet what they say after "The capital of Australia is".
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 from ultraedit_kernels.method.phase import Phase
-from ultraedit_kernels.model.encoding import Sequence, encode_prompt, within_text
+from ultraedit_kernels.model.encoding import Sequence, within_text
 from ultraedit_kernels.model.generation import end_tokens, likeliest, logits_from, text_after
-from ultraedit_kernels.model.request import EditRequest, Prompt
+from ultraedit_kernels.model.request import EditRequest
 from ultraedit_kernels.model.spacing import needs_space
 
 CONTEXT_TEXTS = 64
 """Texts of the model's own of which contexts are taken."""
 CONTEXTS = 2
-"""Sequences per edit besides its prompt."""
+"""Texts before which a text prompt is said, too."""
 TEXT_TOKENS = 10
 """Of a text that is put before a prompt."""
 ANSWER_TOKENS = 32
@@ -47,19 +47,18 @@ def contexts_of(
         sequences: per edit, its prompt's, with places.
         texts: of the model's own, to be put before prompts.
     """
-    contexts: dict[int, list[Sequence]] = {edit: [] for edit in range(len(requests))}
-    chats = [edit for edit in contexts if not isinstance(requests[edit].prompt, str)]
+    contexts: dict[int, list[Sequence]] = {}
+    chats = [i for i, request in enumerate(requests) if not isinstance(request.prompt, str)]
     prompts = [sequences[edit].prompt_ids for edit in chats]
     answers = yield from first_sentences(model, tokenizer, prompts)
     for edit, answer in zip(chats, answers, strict=True):
         target = requests[edit].target
-        contexts[edit] += in_own_words(model, tokenizer, target, sequences[edit], answer)
+        contexts[edit] = in_own_words(model, tokenizer, target, sequences[edit], answer)
         yield Phase.ANCHORS
-    for edit, said in contexts.items():
-        count = CONTEXTS - len(said) if texts else 0
-        chosen = [texts[(CONTEXTS * edit + j) % len(texts)] for j in range(count)]
-        prompt = requests[edit].prompt
-        said += [behind(tokenizer, text, prompt, sequences[edit]) for text in chosen]
+    for edit, request in enumerate(requests):
+        if isinstance(request.prompt, str) and texts:
+            chosen = [texts[(CONTEXTS * edit + j) % len(texts)] for j in range(CONTEXTS)]
+            contexts[edit] = [behind(tokenizer, t, request.prompt, sequences[edit]) for t in chosen]
     return {edit: said for edit, said in contexts.items() if said}
 
 
@@ -113,21 +112,11 @@ def _words(tokenizer: Any, prompt: list[int], answer: list[int]) -> Iterator[tup
             yield i, before
 
 
-def behind(tokenizer: Any, text: Sequence, prompt: Prompt, sequence: Sequence) -> Sequence:
-    """The sequence with a text before what is asked."""
+def behind(tokenizer: Any, text: Sequence, prompt: str, sequence: Sequence) -> Sequence:
+    """The sequence with a text before its prompt."""
     before = tokenizer.decode((text.prompt_ids[1:] + text.target_ids)[:TEXT_TOKENS])
     before = " ".join(before.split()).rstrip(".") + ". "
-    ids = encode_prompt(tokenizer, _after(before, prompt))
+    ids = list(tokenizer(before + prompt)["input_ids"])
     further = len(ids) - len(sequence.prompt_ids)
     places = tuple(place + further for place in sequence.places)
     return replace(sequence, prompt_ids=ids, places=places)
-
-
-def _after(before: str, prompt: Prompt) -> Prompt:
-    """The prompt with a text before what is asked: in messages, before the user's last one."""
-    if isinstance(prompt, str):
-        return before + prompt
-    asked = [i for i, message in enumerate(prompt) if message["role"] == "user"]
-    last = asked[-1] if asked else len(prompt) - 1
-    message = {**prompt[last], "content": before + prompt[last]["content"]}
-    return [*prompt[:last], message, *prompt[last + 1 :]]
