@@ -34,6 +34,14 @@ def state_when(server: LocalServer, ready: Callable[[Any], bool]) -> Any:
     return health
 
 
+def restarted_behind(server: LocalServer, leader: LocalServer) -> Any:
+    """Health of a server that was killed, and started again to follow a leader."""
+    server.kill()
+    server.leader = (leader.url, KEY)
+    server.start()
+    return state_when(server, lambda health: True)
+
+
 def in_step(follower: LocalServer, leader: LocalServer) -> None:
     """Both serve the same, by the weights themselves."""
     wanted = leader.state()
@@ -162,10 +170,7 @@ def test_a_leader_of_another_model_is_said_and_nothing_is_forgotten(serve: Serve
         client.edit(AUSTRALIA)
     follower = follow(serve, leader)
     before = follower.state()
-    follower.kill()
-    follower.leader = (other.url, KEY)
-    follower.start()
-    health = state_when(follower, lambda health: True)
+    health = restarted_behind(follower, other)
     assert "serves another model" in health.follows.error
     assert follower.state() == before and before[0] == 1
 
@@ -175,10 +180,7 @@ def test_versions_that_were_made_here_are_not_forgotten(serve: Serve) -> None:
     with own.client as client:
         client.edit(JAPAN)
     before = own.state()
-    own.kill()
-    own.leader = (leader.url, KEY)
-    own.start()
-    health = state_when(own, lambda health: True)
+    health = restarted_behind(own, leader)
     assert "version 1 was made here" in health.follows.error
     assert "empty --state-dir" in health.follows.error
     assert own.state() == before

@@ -86,13 +86,6 @@ class System:
         self._factor = cholesky(self._gram, ridge)
         self.keys = rest.to(torch.promote_types(keys.dtype, torch.float32))
 
-    @property
-    def rarity(self) -> Tensor:
-        """[n] float: H̃Hᵀ at each key, what the anchors leave of its square norm."""
-        if not self._shielded:
-            return self.keys.float().square().sum(1)
-        return self._gram.diagonal()
-
     def tied_rarity(self, owner: Tensor) -> Tensor:
         """[n] float64: the same for keys whose outputs all move alike, those of equal `owner` [n]:
         1 / (1ᵀ(H̃Hᵀ)⁻¹1) over their rows. To move such outputs by v takes vvᵀ over it, and no more

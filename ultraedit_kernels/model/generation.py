@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,34 +115,35 @@ def sample(
         yield (start + size) / count, texts
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def likeliest(model: Any, rows: Seq[list[int]]) -> Iterator[list[int]]:
     """Token by token the likeliest continuation of rows of one length, without end; the next
     tokens of all rows at a time."""
-    device = model.get_input_embeddings().weight.device
-    last, past = torch.tensor(rows, device=device), None
+    return _continued(model, rows, lambda logits: logits.argmax(-1, keepdim=True))
+
+
+def _sampled(model: Any, ids: list[int], seed: int) -> Iterator[list[int]]:
+    """Token by token what follows one token each, without end."""
+    numbers = torch.Generator(model.get_input_embeddings().weight.device).manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        return torch.multinomial(logits.float().softmax(-1), 1, generator=numbers)
+
+    return _continued(model, [[one] for one in ids], choose)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _continued(
+    model: Any, rows: Seq[list[int]], choose: Callable[[Tensor], Tensor]
+) -> Iterator[list[int]]:
+    """Token by token what follows rows of one length, without end; `choose` takes the next tokens,
+    [rows, 1], by their logits [rows, vocabulary]."""
+    last, past = torch.tensor(rows, device=model.get_input_embeddings().weight.device), None
     while True:
         with evaluation_mode(model):
             out = model(input_ids=last, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = out.past_key_values
-        last = out.logits[:, -1].argmax(-1, keepdim=True)
-        yield last[:, 0].tolist()
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _sampled(model: Any, ids: list[int], seed: int) -> Iterator[list[int]]:
-    """Token by token what follows one token each, without end."""
-    device = model.get_input_embeddings().weight.device
-    numbers = torch.Generator(device).manual_seed(seed)
-    last, past = torch.tensor(ids, device=device)[:, None], None
-    while True:
-        with evaluation_mode(model):
-            out = model(input_ids=last, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        chances = out.logits[:, -1].float().softmax(-1)
-        last = torch.multinomial(chances, 1, generator=numbers)
+        last = choose(out.logits[:, -1])
         yield last[:, 0].tolist()
 
 
