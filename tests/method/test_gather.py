@@ -16,6 +16,11 @@ class Tokenizer:
     """As much of one as sampling needs."""
 
     bos_token_id, eos_token_id, pad_token_id = 3, 1, 1
+    before = (3,)
+    """Tokens that it puts before a text."""
+
+    def __call__(self, text):
+        return {"input_ids": [*self.before, *map(ord, text)]}
 
     def decode(self, ids, **_):
         return str(ids)
@@ -45,11 +50,11 @@ def shares(one):
     return [found.share for found in one.found]
 
 
-def expected(model, batches):
+def expected(model, batches, bare=False):
     """The anchors of the first batches of texts."""
     told = own_texts(model, Tokenizer(), 40, 0, 6, 16)
     texts = [texts for _, texts in told if texts]
-    own = OwnKeys(weights_of(model), 1.0, 64)
+    own = OwnKeys(weights_of(model), 1.0, 64, bare=bare)
     for part in texts[:batches]:
         list(own.add(model, part))
     return own.anchors()
@@ -73,6 +78,13 @@ def test_the_first_texts_are_of_use_before_the_last(small):
     assert progress == sorted(progress) and progress[0] < 0.1
     assert_same(one.found[0].anchors, expected(small, 1))
     assert_same(one.found[1].anchors, expected(small, 3))
+
+
+def test_texts_are_read_as_they_are_asked(small, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "before", ())
+    one = gathering(small)
+    list(one.steps(small, Tokenizer(), base(small)))
+    assert_same(one.found[1].anchors, expected(small, 3, bare=True))
 
 
 def test_the_next_start_finds_it(small):

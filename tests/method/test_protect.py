@@ -8,11 +8,15 @@ import torch
 
 from tests.method.small import MODULES as SMALL
 from tests.method.small import prompts, random_model, said, weights_of
+from ultraedit_kernels.method.moments import moment_shield
 from ultraedit_kernels.method.protect import (
     HELD_WEIGHT,
+    OWN_TOKENS,
     SURE,
     Anchors,
     OwnAnchors,
+    OwnKeys,
+    bared,
     document_start,
     hold_edits,
     own_answers,
@@ -93,6 +97,33 @@ def test_own_anchors_watch_what_the_model_is_sure_of(model, tokenizer):
     for sequence in watch.sequences:
         ids = (*sequence.prompt_ids, *sequence.target_ids)
         assert any(text[: len(ids)] == ids for text in whole)
+
+
+def test_texts_that_begin_with_a_word_are_protected_from_there_on():
+    small = random_model()
+    weights, texts = (
+        weights_of(small),
+        [Sequence([3], list(range(5 + i, 18 + i))) for i in range(6)],
+    )
+    whole, short = bared(texts)
+    assert [s.prompt_ids + s.target_ids for s in whole] == [t.target_ids for t in texts]
+    assert [s.prompt_ids + s.target_ids for s in short[:2]] == [
+        [5, 6, 7, 8, 9],
+        [13, 14, 15, 16, 17],
+    ]
+    assert len(short) == 12
+    own = OwnKeys(weights, 1.0, 4096, bare=True)
+    list(own.add(small, texts))
+    for name, shield in own.anchors().keys.items():
+        rows = torch.cat([all_keys_of(small, s, name) for s in (*texts, *whole, *short)]).double()
+        assert len(rows) == 6 * 13 + 6 * 12 + 12 * 4
+        expected = moment_shield(rows.T @ rows * OWN_TOKENS / len(rows), 1.0, 4096).float()
+        torch.testing.assert_close(shield.T @ shield, expected.T @ expected)
+
+
+def all_keys_of(model, sequence, name):
+    every = Sequence(sequence.prompt_ids[:1], sequence.prompt_ids[1:] + sequence.target_ids)
+    return capture(model, [every], [name], backward=False).keys[name]
 
 
 def test_held_keys_are_left_alone(model):

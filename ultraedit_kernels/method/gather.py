@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import (
+    BEGINNING,
+    BEGINNINGS_EVERY,
     FEWER,
     KEPT_TEXTS,
     LONG_BATCH,
@@ -26,6 +28,7 @@ from ultraedit_kernels.method.protect import (
     Anchors,
     OwnAnchors,
     OwnKeys,
+    begins_bare,
     hold_edits,
     own_texts,
 )
@@ -114,7 +117,8 @@ class Gathering:
         own: OwnKeys | OwnAnchors = OwnAnchors(weights, self._ridge, self._rows)
         count, how = self._wanted, (SAMPLE_TOKENS, SAMPLE_BATCH)
         if self._at_names:
-            own = OwnKeys(weights, self._ridge, self._rows, ranks_of(model))
+            bare = begins_bare(model, tokenizer)
+            own = OwnKeys(weights, self._ridge, self._rows, ranks_of(model), bare)
             count, how = -(-count // FEWER), (LONG_TEXT, LONG_BATCH)
         depends_on, first = self._depends_on(model, tokenizer), True
         for share, texts in own_texts(model, tokenizer, count, self._seed, *how):
@@ -158,11 +162,12 @@ class Gathering:
     def _depends_on(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """All that the texts of the model's own depend on, besides the edited weights."""
         return {
-            "format": 4,
+            "format": 5,
             "texts": [self._wanted, SAMPLE_TOKENS, LONG_TEXT, KEPT_TEXTS, self._seed],
             "first": tokenizer.bos_token_id,
             "shield": [self._rows, self._ridge, OWN_WEIGHT],
             "names": [self._at_names, OWN_TOKENS, FEWER, NAMES_OUTPUT_RIDGE, SLOPE_TEXTS],
+            "beginnings": [BEGINNING, BEGINNINGS_EVERY],
             "model": fingerprint(model),
         }
 

@@ -49,6 +49,11 @@ OWN_TOKENS = 40_000
 """For edits at names, tokens that the keys of all own texts weigh as much as."""
 LONG_TEXT = 128
 """Tokens of an own text for edits at names, which must leave what stands far from its beginning."""
+BEGINNING = 4
+"""Tokens of a text's beginning, of which further ones are read where a text has no token of its own
+to begin with: what stands first there is as many things as words."""
+BEGINNINGS_EVERY = 8
+"""Tokens of an own text from one such beginning to the next."""
 FEWER = 5
 """Of how many own texts that are asked for one is written for edits at names, which need no more
 than the second moments of its keys."""
@@ -128,12 +133,18 @@ class OwnKeys:
         ridge: λ of the ridge regression.
         limit: rows that a module's shield may have.
         ranks: among which the model is divided; each keeps the moments of some of the modules.
+        bare: whether texts begin with their first word, see `begins_bare`.
     """
 
     def __init__(
-        self, weights: Mapping[str, Any], ridge: float, limit: int, ranks: Ranks | None = None
+        self,
+        weights: Mapping[str, Any],
+        ridge: float,
+        limit: int,
+        ranks: Ranks | None = None,
+        bare: bool = False,
     ) -> None:
-        self._weights, self._ridge, self._ranks = weights, ridge, ranks
+        self._weights, self._ridge, self._ranks, self._bare = weights, ridge, ranks, bare
         size, rank = (1, 0) if ranks is None else (ranks.size, ranks.rank)
         self._owner = {name: i % size for i, name in enumerate(weights)}
         self._moments, self._fisher = (
@@ -149,11 +160,13 @@ class OwnKeys:
     def add(self, model: Any, texts: Seq[Sequence]) -> Generator[Phase, None, None]:
         """Run further texts through the model; yields before and after pieces that use nothing of
         it, and no other rank."""
-        names, size = list(self._weights), SAMPLE_BATCH
-        if not all(moments.whole for moments in self._moments.values()):
-            size = max(1, ROOM // max(map(len, texts)))
-        for keys in all_keys(model, texts, names, size):
-            yield from self._take(self._moments, keys)
+        names = list(self._weights)
+        whole = all(moments.whole for moments in self._moments.values())
+        for form in (texts, *(bared(texts) if self._bare else ())):
+            size = SAMPLE_BATCH if whole else max(1, ROOM // max(map(len, form), default=1))
+            for keys in all_keys(model, form, names, size):
+                yield from self._take(self._moments, keys)
+            self._tokens += sum(map(len, form))
         read = texts[: max(0, SLOPE_TEXTS - self._texts)]
         for slopes in output_slopes(model, read, names):
             yield from self._take(self._fisher, slopes)
@@ -162,7 +175,6 @@ class OwnKeys:
         for part, captured in captures(model, short, names, backward=False):
             self._sure += [run.sequence for _, run in _sure_runs(part, captured)]
         self._texts += len(texts)
-        self._tokens += sum(len(text.target_ids) for text in texts)
 
     def _take(
         self, moments: Mapping[str, Moments], rows: Mapping[str, Tensor]
@@ -199,6 +211,24 @@ class OwnKeys:
             for shields in (anchors.keys, anchors.outputs)
         )
         return Anchors(keys, outputs, anchors.watch)
+
+
+def bared(texts: Seq[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    """The texts without the token at which the model began them; and short beginnings, as if a text
+    began in the middle of one.
+
+    The first token of all draws attention as such, and its keys are unlike those of any other (in
+    SmolLM2 a hundred times as rare, by texts that all begin with one token): a change that moves
+    what is said there moves what is said of the whole text.
+    """
+    written = [s.target_ids for s in texts]
+    ends = [
+        ids[i : i + BEGINNING + 1]
+        for ids in written
+        for i in range(0, len(ids) - BEGINNING, BEGINNINGS_EVERY)
+    ]
+    whole, short = ([Sequence(i[:1], i[1:]) for i in of if len(i) > 1] for of in (written, ends))
+    return whole, short
 
 
 def output_slopes(
@@ -362,6 +392,12 @@ def document_start(model: Any, tokenizer: Any) -> int:
     ]
     entropy = [float(-(score.exp() * score).sum()) for score in scores]
     return int(choice[max(range(len(choice)), key=entropy.__getitem__)])
+
+
+def begins_bare(model: Any, tokenizer: Any) -> bool:
+    """Whether a text that is asked begins with its first word: the tokenizer puts no token before
+    it, but the model writes texts from one on."""
+    return list(tokenizer("a")["input_ids"])[:1] != [document_start(model, tokenizer)]
 
 
 def own_answers(model: Any, tokenizer: Any, prompts: Seq[Prompt]) -> list[Sequence]:
