@@ -169,3 +169,19 @@ def test_shielded_keys_keep_their_outputs(model):
         random = torch.randn(8, rows.shape[1], dtype=rows.dtype)
         moved = (rows @ change.T).norm() / rows.norm()
         assert moved < 1e-4 * (random @ change.T).norm() / random.norm()
+
+
+def test_steps_at_names_are_solved_together(model):
+    # What two phrasings of an edit ask at its name is one value, and the change has a row for each.
+    placed = [replace(sequence, places=(1,)) for sequence in TAUGHT]
+    settings = MethodSettings(step=0.25, rounds=24, ridge=1e-6, margin=0.5, repairs=0)
+    _, result = one_turn(model, placed, EDIT_OF, settings)
+    assert all(edit.rounds > 1 for edit in result.edits)
+    first = MODULES[0]  # nothing below it is changed, so neither are its keys
+    for name in MODULES:
+        assert len(result.delta[name].keys) == len(placed)
+    keys = capture(model, placed, [first], backward=False).keys[first]
+    factor = result.delta[first]
+    moved = keys @ factor.keys.T @ factor.coeff
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-4 * float(moved.norm()))
+    assert not torch.allclose(moved[0], moved[2], rtol=0.1)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ultraedit_kernels.method.goals import Taught
 from ultraedit_kernels.method.repair import Watch
-from ultraedit_kernels.method.step import MAX_STEP, bounded
+from ultraedit_kernels.method.step import MAX_STEP, Positions, bounded
 from ultraedit_kernels.model.capture import Captured
 from ultraedit_kernels.model.parallel import norm, same
 from ultraedit_kernels.ops.operations import update_statistics
@@ -43,6 +43,7 @@ class Change:
         self.weights, self.statistics = weights, dict(statistics)
         self.delta = {n: LowRank.empty(w, settings.rounding, number) for n, w in weights.items()}
         """Module → all that has been added to its weight."""
+        self._asked = {n: delta.coeff[:0] for n, delta in self.delta.items()}
         self._start, self._share, self._bounded = start, share, settings.lr == "auto"
         self._norms = {name: norm(weight) for name, weight in start.items()}
         self._reach = settings.reach
@@ -68,13 +69,31 @@ class Change:
     def add(self, name: str, coeff: Tensor, keys: Tensor) -> None:
         """Add coeffᵀ keys, [n, d_out] and [n, d_in], to a module's weight.
 
-        Steps that found their own size are bounded. The weight is written anew from its start, so
-        that a replay rounds once, as this does.
+        Steps that found their own size are bounded.
         """
-        weight = self.weights[name]
         if self._bounded:
             coeff = bounded(coeff, keys, MAX_STEP * self._norms[name])
-        self.delta[name] = self.delta[name].append(same(weight, coeff), same(weight, keys))
+        self._write(name, self.delta[name], coeff, keys)
+
+    def ask(self, name: str, values: Tensor, at: Positions) -> Tensor:
+        """Add the values of a step, [n, d_out], alike at all positions of a goal, to those of the
+        steps before: all that is asked, [n, d_out]."""
+        total = values.new_zeros(at.goals, values.shape[1])
+        total[: len(self._asked[name])] += self._asked[name]
+        total += values.new_zeros(total.shape).index_copy_(0, at.goal, values)
+        self._asked[name] = total
+        return total[at.goal]
+
+    def rewrite(self, name: str, coeff: Tensor, keys: Tensor) -> None:
+        """Make coeffᵀ keys, [n, d_out] and [n, d_in], all that is added to a module's weight."""
+        none = self.delta[name]
+        none = replace(none, coeff=none.coeff[:0], keys=none.keys[:0])
+        self._write(name, none, coeff, keys)
+
+    def _write(self, name: str, before: LowRank, coeff: Tensor, keys: Tensor) -> None:
+        """The weight is written anew from its start, so that a replay rounds once, as this does."""
+        weight = self.weights[name]
+        self.delta[name] = before.append(same(weight, coeff), same(weight, keys))
         self.delta[name].apply(weight.copy_(self._start[name]))
 
 

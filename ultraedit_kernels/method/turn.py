@@ -80,7 +80,8 @@ def turn(
         # Goals that hold rest: with values of zero, they are anchors to the others.
         steps = ~holds if settings.closed_loop else holds.new_ones(len(holds))
         goals.count(steps)
-        names = goals.named(seen.positions) if goals.rest else None
+        by_name = goals.rest and settings.lr == "auto"
+        names = goals.named(seen.positions) if by_name else None
         yield from _step(change, seen, steps, names, anchors, settings)
         # One forward pass both judges the step and captures the next one.
         seen = yield from look(seen.aged(), steps)
@@ -142,5 +143,11 @@ def _step(
     else:
         values = asked(settings.lr)
     for name, system in systems.items():
-        change.add(name, system.solve(values[name]), system.keys)
+        if names is None:
+            change.add(name, system.solve(values[name]), system.keys)
+        else:
+            # What all steps ask, at the keys of now. What earlier ones wrote at keys that have
+            # moved since only did harm.
+            total = change.ask(name, values[name], names)
+            change.rewrite(name, system.solve(total), system.keys)
         yield Phase.SOLVE
