@@ -123,6 +123,17 @@ def peak_extra_memory(run: Callable[[], Any]) -> tuple[Any, int | None, float]:
     return result, max(peak - before, 0), seconds
 
 
+def anonymous_memory() -> int | None:
+    """Bytes that this process has for itself, without what is mapped from files; free heap is
+    handed back first. None without Linux and glibc."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        return _status_bytes("RssAnon")
+    except OSError:
+        return None
+
+
 def _status_bytes(field: str) -> int:
     match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)
     if match is None:

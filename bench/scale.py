@@ -1,12 +1,14 @@
 """What editing costs beside a bare forward pass of the same tokens, at small and at large sizes.
 
-    python -m bench.scale [--models smollm2,llama-1b] [--edits N] [--anchors N] [--output FILE]
+    python -m bench.scale [--models smollm2,llama-1b] [--edits N] [--anchors N] [--rounds N]
+    python -m bench.scale --models "" --stream 500
 
 Measured on SmolLM2-135M-Instruct, and on a randomly initialised model of Llama-3.2-1B's shape in
 bfloat16 where it fits: the start (gathering what edits must leave alone), one edit, a turn of 100,
 its commit, and the published method's arithmetic on the same edits. By formula, which the measured
 models check: the memory that is held at Llama-3-8B's and at 70B's shapes with 8 ranks. A row for
-each model and version goes to bench/results/scale.csv.
+each model and version goes to bench/results/scale.csv. A stream of turns of one edit, of the
+bundled model, tells whether an edit costs more the more there were before.
 
 Seconds are of all cores on a CPU, so that a busy machine does not count, and of the clock on a GPU.
 """
@@ -17,6 +19,7 @@ import argparse
 import csv
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
@@ -31,8 +34,10 @@ from bench.real_models import checkpoint
 from bench.report import RESULTS
 from bench.world import World
 from ultraedit_kernels import Editor, EditRequest
+from ultraedit_kernels.method.guards import TOTAL_ROWS
 from ultraedit_kernels.method.moments import ROOM, WHOLE
 from ultraedit_kernels.method.protect import FEWER, LONG_BATCH, LONG_TEXT, SHIELD
+from ultraedit_kernels.method.shield import STRONG, Shields
 from ultraedit_kernels.model.encoding import Sequence, encode
 from ultraedit_kernels.model.presets import PAPER, resolve_modules
 from ultraedit_kernels.settings import TABLE
@@ -54,7 +59,10 @@ RANKS = {"llama-8b": 1, "llama-70b": 8}
 FEW = 5
 """Times that a forward pass is timed."""
 HALF = 2
-"""Bytes of a weight."""
+"""Bytes of a weight, and of a number of a shield's weak rows."""
+BUNDLED = Path(__file__).parent / "tiny-facts"
+WINDOW = 20
+"""Turns of a stream of which the median is taken."""
 
 
 def seconds() -> float:
@@ -69,19 +77,20 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return seconds() - begun, result
 
 
-def load(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer; a random model has SmolLM2's tokenizer."""
+def load(name: str, scratch: str) -> tuple[Any, Any]:
+    """Model and tokenizer; a random model has SmolLM2's tokenizer, and its checkpoint is written to
+    the scratch folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     folder = checkpoint("smollm2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if name == "smollm2":
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    else:
+    if name != "smollm2":
         ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
         config = AutoConfig.for_model(**SHAPES[name], **ends)
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(scratch)
+        folder = Path(scratch)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     return model.to(machine.DEVICE).eval().requires_grad_(False), tokenizer
 
 
@@ -129,21 +138,33 @@ def published(model: Any, modules: list[str], sequences: list[Sequence]) -> floa
 def held(editor: Editor) -> int:
     """Bytes that an editor holds between turns, besides the model."""
     anchors = editor.memory.anchors
-    kept: list[Tensor] = [*editor.versions.pristine.values(), *anchors.watch.tensors().values()]
-    kept += [*anchors.keys.values(), *anchors.outputs.values()]
+    kept: list[Tensor] = [*editor.versions.pristine.copies.values(), *editor.guards.rows.values()]
+    for shields in (Shields(anchors.keys), Shields(anchors.outputs)):
+        kept += [*shields.strong.values(), *shields.weak.values()]
+    kept += anchors.watch.tensors().values()
     for stats in editor.statistics.values():
         kept += [stats.count, stats.mean, stats.m2]
     return sum(one.numel() * one.element_size() for one in kept)
 
 
-def held_by_formula(shapes: Mapping[str, tuple[int, int]], ranks: int = 1) -> int:
-    """The same from shapes, module → (d_out, d_in), of one of so many ranks: each module's
-    untouched weight, the shields of its keys and outputs with as many rows as there may be, and
-    statistics. Not the little that is kept of the texts, and of what the model has read."""
-    rows = TABLE["anchor_rows"].default
+def held_by_formula(
+    shapes: Mapping[str, tuple[int, int]], ranks: int = 1, edited: bool = False
+) -> int:
+    """The same from shapes, module → (d_out, d_in), of one of so many ranks, if a checkpoint holds
+    the weights: rows of each weight, the shields of its keys and outputs with as many rows as there
+    may be, and statistics. Not the little that is kept of the texts, and of what the model has
+    read. Once it is edited, the shield of the keys may have a quarter more, the newest ones."""
+    rows, wide = TABLE["anchor_rows"].default, SHIELD.itemsize
+
+    def shield(d: int, newest: int) -> int:
+        strong = min(rows, d, STRONG)
+        return ((min(rows, d) - strong) * HALF + (strong + newest) * wide) * d
+
     return sum(
-        d_out * d_in * HALF // ranks
-        + sum(min(rows, d) * d * SHIELD.itemsize + 2 * 4 * d for d in (d_out, d_in))
+        -(-d_out // -(-d_out // TOTAL_ROWS)) * d_in * HALF // ranks
+        + shield(d_in, rows // 4 if edited else 0)
+        + shield(d_out, 0)
+        + 2 * 8 * (d_in + d_out)
         for d_out, d_in in shapes.values()
     )
 
@@ -177,18 +198,21 @@ def shapes_of(name: str) -> dict[str, tuple[int, int]]:
     return {n: tuple(model.get_submodule(n).weight.shape) for n in names}
 
 
-def measured(name: str, count: int, anchors: int) -> dict[str, Any]:
+def measured(
+    name: str, count: int, anchors: int, rounds: int | None, scratch: str
+) -> dict[str, Any]:
     """The row of a model that runs here."""
     os.environ["ULTRAEDIT_CACHE"] = ""
-    model, tokenizer = load(name)
+    model, tokenizer = load(name, scratch)
     facts = World.earth().edits(count + 2, seed=1)
     edits = [EditRequest(fact["prompt"], fact["target"]) for fact in facts]
-    editor = Editor(model, tokenizer, anchors=anchors, max_lost=1.0, max_change=1e6)
+    before = machine.anonymous_memory()
+    editor = Editor(model, tokenizer, anchors=anchors, rounds=rounds, max_lost=1.0, max_change=1e6)
     shapes = {n: (w.shape[0], w.shape[1]) for n, w in editor.weights.items()}
     texts = [Sequence([5], [7] * LONG_TEXT)] * -(-anchors // FEWER)
 
     start, _ = timed(editor.prepare)
-    after_start = held(editor)
+    after_start, resident = held(editor), machine.anonymous_memory()
     editor.apply(edits[:1])  # what is made once is made
     one, _ = timed(lambda: editor.apply(edits[1:2]))
     turn, (result, peak, _) = timed(
@@ -214,6 +238,7 @@ def measured(name: str, count: int, anchors: int) -> dict[str, Any]:
         "commit_share": took["commit_ms"] / took["total_ms"],
         "held_bytes": after_start,
         "held_bytes_formula": held_by_formula(shapes),
+        "resident_bytes": resident - before if resident and before else None,
         "peak_bytes": peak,
     }
     editor.rollback(0)
@@ -225,14 +250,37 @@ def by_formula(name: str) -> dict[str, Any]:
     """The row of a model that does not."""
     shapes, ranks = shapes_of(name), RANKS[name]
     most = most_by_formula(shapes, ranks)
-    kept = held_by_formula(shapes, ranks)
+    kept = held_by_formula(shapes, ranks, edited=True)
     return {
         "ranks": ranks,
         "held_bytes_formula": kept,
+        "copied_bytes_formula": kept + most["turn"],
         "server_bytes_formula": kept + most["shadow"],
         "turn_bytes_formula": most["turn"],
         "gathering_bytes_formula": most["gathering"],
     }
+
+
+def stream(turns: int) -> list[tuple[int, float, float]]:
+    """Of each window of turns of one edit of the bundled model: its last turn, and the medians of
+    the thread's seconds for a turn, and for each time that it looks at its edit."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    facts = World.earth().edits(turns, seed=21)
+    editor = Editor(model, tokenizer, max_lost=1.0, max_change=1e6)
+    editor.prepare()
+    took, looks = [], []
+    for fact in facts:
+        begun = time.thread_time()
+        result = editor.apply([EditRequest(fact["prompt"], fact["target"])])
+        took.append(time.thread_time() - begun)
+        looks.append(took[-1] / (result.edits[0].rounds + 1))
+    return [
+        (i, statistics.median(took[i - WINDOW : i]), statistics.median(looks[i - WINDOW : i]))
+        for i in range(WINDOW, turns + 1, WINDOW)
+    ]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -254,13 +302,19 @@ def main() -> None:
     parser.add_argument("--models", default="smollm2", help="those to measure, by commas")
     parser.add_argument("--edits", type=int, default=100, help="in the large turn")
     parser.add_argument("--anchors", type=int, default=TABLE["anchors"].default)
+    parser.add_argument("--rounds", type=int, help="steps of an edit at most")
+    parser.add_argument("--stream", type=int, default=0, metavar="TURNS", help="only print them")
     parser.add_argument("--output", type=Path, default=RESULTS / "scale.csv")
     options = parser.parse_args()
-    rows = [
-        {"model": name} | measured(name, options.edits, options.anchors)
-        for name in options.models.split(",")
-        if name
-    ]
+    if options.stream:
+        for turn, seconds_, look in stream(options.stream):
+            print(f"turns to {turn}: {seconds_ * 1e3:.0f} ms each, {look * 1e3:.1f} ms a look")
+        return
+    rows = []
+    for name in filter(None, options.models.split(",")):
+        with tempfile.TemporaryDirectory() as scratch:
+            row = measured(name, options.edits, options.anchors, options.rounds, scratch)
+        rows.append({"model": name} | row)
     rows += [{"model": name} | by_formula(name) for name in RANKS]
     made = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **machine.conditions()}
     rows = [

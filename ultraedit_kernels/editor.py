@@ -128,9 +128,10 @@ class Editor:
             self.memory.go_on(continues)
         self.versions = Versions(model, self.weights, self.memory, state_dir, keep, writes)
         limits = (max_change, max_lost, guards.load_canaries(canaries))
-        self.guards = Guards(model, tokenizer, self.weights, self.versions.pristine, *limits)
+        self.guards = Guards(model, tokenizer, self.weights, self.weights, *limits)
         self.preparation = Preparation(model, tokenizer, self.versions, self.guards, names)
-        self.rollback(self.version)
+        if self.version:
+            self.rollback(self.version)
 
     def close(self) -> None:
         """Leave the state directory to others. The model stays as it is."""
@@ -228,7 +229,8 @@ class Editor:
         Later versions are forgotten.
 
         Raises:
-            ValueError: no such version, one that was let go, or one that cannot be replayed.
+            ValueError: no such version, one that was let go, or one that cannot be replayed; or the
+                file that the model was loaded from has changed since.
             OSError: the versions could not be read or written.
                 In all cases nothing is changed.
         """

@@ -15,32 +15,44 @@ from ultraedit_kernels import Editor, EditRequest
 MODULES = ["model.layers.2.mlp.down_proj", "model.layers.3.mlp.down_proj"]
 
 
-def test_the_formula_is_what_an_editor_holds(tokenizer, monkeypatch) -> None:
-    """Of a model deep enough for edits at names."""
+def test_the_formula_is_what_an_editor_holds(tokenizer, monkeypatch, tmp_path) -> None:
+    """Of a model deep enough for edits at names, from a checkpoint and from none."""
     monkeypatch.setenv("ULTRAEDIT_CACHE", "")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=12,
         num_attention_heads=4, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     editor = Editor(model, tokenizer, anchors=120)
     editor.prepare()
     shapes = {name: tuple(weight.shape) for name, weight in editor.weights.items()}
     assert set(shapes.values()) == {(64, 256)}
+    keys = editor.memory.anchors.keys
+    assert {len(rows) for rows in keys.weak.values()} == {256 - scale.STRONG}
     watched = sum(
         t.numel() * t.element_size() for t in editor.memory.anchors.watch.tensors().values()
     )
     got = scale.held(editor) - watched
     assert got == pytest.approx(scale.held_by_formula(shapes), rel=0.01)
+    model.config.name_or_path = ""
+    copies = Editor(model, tokenizer, anchors=0)
+    weights = sum(d_out * d_in * 2 for d_out, d_in in shapes.values())
+    rows = weights  # all of them, as there are few
+    statistics = sum(16 * (d_out + d_in) for d_out, d_in in shapes.values())
+    copies.prepare()
+    assert scale.held(copies) == pytest.approx(weights + rows + statistics, rel=0.01)
 
 
 def test_memory_at_the_shapes_of_llama_3_8b() -> None:
     shapes = scale.shapes_of("llama-8b")
     assert set(shapes.values()) == {(4096, 14336)}
     row = scale.by_formula("llama-8b")
-    each = 4096 * 14336 * 2 + 1024 * (4096 + 14336) * 4 + 8 * (4096 + 14336)
-    assert row["held_bytes_formula"] == len(shapes) * each
+    weak, strong, newest = 896 * (4096 + 14336) * 2, 128 * (4096 + 14336) * 4, 256 * 14336 * 4
+    each = 256 * 14336 * 2 + weak + strong + newest + 16 * (4096 + 14336)
+    assert row["held_bytes_formula"] == len(shapes) * each < 1e9
+    assert row["copied_bytes_formula"] == len(shapes) * (each + 4096 * 14336 * 2)
     assert row["turn_bytes_formula"] == len(shapes) * 4096 * 14336 * 2
     assert scale.by_formula("llama-70b")["ranks"] == 8
 

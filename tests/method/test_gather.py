@@ -7,9 +7,12 @@ import torch
 
 from tests.method.small import MODULES, prompts, random_model, said, weights_of
 from ultraedit_kernels.method import gather, moments, protect
-from ultraedit_kernels.method.gather import Gathering
+from ultraedit_kernels.method.gather import Gathering, anchors_of, parts_of
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors, OwnKeys, hold_edits, own_texts
+from ultraedit_kernels.method.repair import Watch
+from ultraedit_kernels.method.shield import STRONG, Shields
+from ultraedit_kernels.store.files import joined
 
 
 class Tokenizer:
@@ -147,3 +150,15 @@ def test_sketches_are_compressed_apart_and_of_bounded_size(small, monkeypatch):
         other = whole.found[-1].anchors.keys[name]
         assert rows.shape == other.shape and rows.dtype == other.dtype
         torch.testing.assert_close(rows.T @ rows, other.T @ other, atol=0.02, rtol=0.02)
+
+
+def test_shields_come_back_from_a_file_with_their_weak_rows():
+    keys = Shields({"a": torch.rand(STRONG + 7, 5)})
+    values = Shields({"a": torch.rand(3, 2, dtype=torch.float64)})
+    anchors = Anchors(keys, values, Watch.empty({"a": torch.zeros(2, 5)}))
+    tensors = joined(parts_of(anchors))
+    assert tensors["shield.weak_keys.a"].shape == (7, 5)
+    assert "shield.weak_outputs.a" not in tensors
+    again = anchors_of(tensors)
+    assert torch.equal(again.keys["a"], keys["a"]) and again.keys["a"].dtype == torch.float32
+    assert torch.equal(again.outputs["a"], values["a"])

@@ -31,6 +31,7 @@ from ultraedit_kernels.model.parallel import (
     weight_of,
 )
 from ultraedit_kernels.store.delta import LowRank, digest
+from ultraedit_kernels.store.untouched import Untouched
 
 SIZES: dict[str, Any] = dict(
     vocab_size=97,  # odd, so that the second rank's part is padded
@@ -181,6 +182,24 @@ def deltas(ranks: Ranks, dtype: torch.dtype) -> dict[str, bool]:
     return found
 
 
+def untouched(ranks: Ranks, folder: Path) -> dict[str, bool]:
+    """A rank's part of what a checkpoint holds is read from there."""
+    whole_model(CONFIGS["llama"]).save_pretrained(folder)  # which the first rank does
+    assert ranks.all(True)
+    own = divided_model(t.AutoModelForCausalLM.from_pretrained(folder), ranks)
+    own.config.name_or_path = str(folder)
+    weights = {name: weight_of(own.get_submodule(name)) for name in MODULES}
+    base = {name: digest(weight) for name, weight in weights.items()}
+    kept = Untouched(own, weights, base)
+    parts = {name: weight.local.clone() for name, weight in weights.items()}
+    found = {"read": not kept.copies}
+    for name, weight in weights.items():
+        weight.local.zero_()
+        found[f"{name} part"] = torch.equal(kept[name].local, parts[name])
+        found[f"{name} back"] = digest(weight.copy_(kept[name])) == base[name]
+    return found
+
+
 def faults(ranks: Ranks) -> dict[str, Any]:
     """What each rank sees when one of them fails, at several places; and that both go on."""
     found: dict[str, Any] = {}
@@ -283,6 +302,7 @@ def main(rank: int, rendezvous: str, results: Path) -> None:
     found["deltas"] = {
         str(dtype): deltas(ranks, dtype) for dtype in (torch.float32, torch.bfloat16)
     }
+    found["untouched"] = untouched(ranks, results.with_name("whole"))
     found["faults"] = faults(ranks)
     found["gathered"] = gathered(ranks)
     found["refusals"] = refusals()

@@ -66,6 +66,12 @@ def test_a_change_of_the_parts_has_the_bits_of_one_of_the_whole(ranks: Any, dtyp
         assert all(found["deltas"][dtype].values()), found["deltas"][dtype]
 
 
+def test_a_ranks_part_of_a_checkpoint_is_read_from_it(ranks: Any) -> None:
+    for found in ranks:
+        assert len(found["untouched"]) == 11
+        assert all(found["untouched"].values()), found["untouched"]
+
+
 @pytest.mark.parametrize("where", ["before", "between", "in turn", "after"])
 @pytest.mark.parametrize("fail", [0, 1])
 def test_what_fails_on_one_rank_fails_on_both_and_both_go_on(

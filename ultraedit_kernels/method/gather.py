@@ -33,6 +33,7 @@ from ultraedit_kernels.method.protect import (
     own_texts,
 )
 from ultraedit_kernels.method.repair import Watch
+from ultraedit_kernels.method.shield import STRONG, Shields
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.model.parallel import agree, fingerprint, ranks_of, weight_of
 from ultraedit_kernels.store import cache
@@ -165,7 +166,7 @@ class Gathering:
             "format": 5,
             "texts": [self._wanted, SAMPLE_TOKENS, LONG_TEXT, KEPT_TEXTS, self._seed],
             "first": tokenizer.bos_token_id,
-            "shield": [self._rows, self._ridge, OWN_WEIGHT],
+            "shield": [self._rows, self._ridge, OWN_WEIGHT, STRONG],
             "names": [self._at_names, OWN_TOKENS, FEWER, NAMES_OUTPUT_RIDGE, SLOPE_TEXTS],
             "beginnings": [BEGINNING, BEGINNINGS_EVERY],
             "model": fingerprint(model),
@@ -174,14 +175,18 @@ class Gathering:
 
 def parts_of(anchors: Anchors) -> dict[str, Mapping[str, Tensor]]:
     """Anchors as tensors by part and name."""
-    return {
-        "shield.keys": anchors.keys,
-        "shield.outputs": anchors.outputs,
-        "watch": anchors.watch.tensors(),
-    }
+    parts: dict[str, Mapping[str, Tensor]] = {"watch": anchors.watch.tensors()}
+    for name, mapping in (("keys", anchors.keys), ("outputs", anchors.outputs)):
+        shields = Shields(mapping)
+        parts[f"shield.{name}"] = shields.strong
+        parts[f"shield.weak_{name}"] = {n: rows for n, rows in shields.weak.items() if len(rows)}
+    return parts
 
 
 def anchors_of(tensors: Mapping[str, Tensor]) -> Anchors:
     """The inverse of `parts_of`, from a file's tensors."""
-    keys, outputs = (part(tensors, f"shield.{name}.") for name in ("keys", "outputs"))
+    keys, outputs = (
+        Shields.of(*(part(tensors, f"shield.{how}{name}.") for how in ("", "weak_")))
+        for name in ("keys", "outputs")
+    )
     return Anchors(keys, outputs, Watch.from_tensors(part(tensors, "watch.")))

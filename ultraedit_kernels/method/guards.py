@@ -41,6 +41,9 @@ FIRST_TEXTS = 16
 SMALL_TURN = 8
 """Times as many tokens as a small turn that the texts have: a turn runs its tokens through the
 model a few times, and back."""
+TOTAL_ROWS = 256
+"""Rows of a weight by which it is told how far all turns have moved it: neither a copy of all of it
+is needed, nor is it read from a file in every turn."""
 MAX_ROWS = 2**16
 """Rows of a delta's factors, per module. A turn has one per answer token and round."""
 SHOWN_TOKENS = 16
@@ -169,6 +172,15 @@ def relative_change(weight: Tensor, start: Tensor) -> float:
     return moved / norm if norm else float("inf") if moved else 0.0
 
 
+def some_rows(weight: Any) -> Any:
+    """At most `TOTAL_ROWS` rows of a weight [d_out, d_in], at equal distances; of a divided one,
+    those of this rank's part."""
+    step = max(1, -(-weight.shape[0] // TOTAL_ROWS))
+    if isinstance(weight, ShardedWeight):
+        return ShardedWeight(weight.local[::step], weight.shard)
+    return weight[::step]
+
+
 def share_lost(
     model: nn.Module, texts: Seq[Sequence], modules: Seq[str], batch_size: int
 ) -> Generator[Phase, None, float]:
@@ -200,7 +212,7 @@ class Guards:
     Args:
         model: the model that the turn has changed; `weights` are its own, module → W [d_out, d_in].
         tokenizer: its tokenizer.
-        pristine: module → its untouched weight.
+        pristine: module → its untouched weight; some of its rows are kept.
         max_change: most that a turn may change a weight, as a share of its norm.
         max_lost: most of the model's own texts, as a share, that a turn may make it continue
             otherwise.
@@ -218,7 +230,9 @@ class Guards:
         canaries: Seq[Canary],
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._weights, self._pristine = weights, pristine
+        self._weights = weights
+        self.rows = {name: some_rows(w).to("cpu", copy=True) for name, w in pristine.items()}
+        """Module → rows of its untouched weight, by which the total change is told."""
         self.max_change, self.max_lost, self.canaries = max_change, max_lost, canaries
 
     def note_references(self) -> None:
@@ -272,7 +286,7 @@ class Guards:
         for name, weight in self._weights.items():
             check_finite(**{f"edited {name}": weight})
             change = max(change, check_change(name, weight, start[name], self.max_change))
-            total = max(total, relative_change(weight, self._pristine[name]))
+            total = max(total, relative_change(some_rows(weight), self.rows[name]))
             yield Phase.GUARD
         lost = yield from self._lost(texts, lost_before, batch_size, taught)
         check_lost(lost, lost_before, self.max_lost)

@@ -5,7 +5,8 @@ A turn of the journal, a snapshot and a stream file hold it as tensors by name:
     statistics.{name}.{count|mean|m2}    all: the running statistics
     held.{module}, leads                 turn: keys of the edits that hold, leads that it left
     watch.{part}                         turn: what is watched from then on; snapshot: all of it
-    shield.{keys|outputs}.{module}       snapshot: what protects keys and outputs
+    shield.{keys|outputs}.{module}       snapshot: what protects keys and outputs, the strongest and
+                                         newest rows; the others are shield.weak_{keys|outputs}
     edits.{tokens|prompt}                stream file: what the edits taught that still held
 
 and as metadata `statistics_d_in`, a JSON object name → d_in, and `released` of a turn, a JSON list

@@ -66,7 +66,7 @@ class Moments:
         floor = ridge + weight * rest
         share = (weight / (weight * squares + floor)).sqrt().to(rows.dtype)
         shield = rows.new_zeros(self._limit, self._d)
-        shield[: len(rows)] = share[:, None] * rows
+        shield[self._limit - len(rows) :] = share[:, None] * rows
         return shield
 
     def _strongest(self) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,7 @@ class Preparation:
         self, gather: bool, told: Callable[[float], None] | None = None
     ) -> None:
         versions, gathering = self._versions, self._versions.memory.gathering
-        now = versions.copies()
-        try:
-            versions.write(versions.pristine)
+        with versions.untouched():
             self._guards.note_references()
             if self._at_names:
                 self.shown = show(self._model, self._tokenizer)
@@ -79,8 +77,6 @@ class Preparation:
                     told(gathering.written)
             if told is not None:
                 told(1.0)
-        finally:
-            versions.write(now)
         self._begun = True
         try:
             for _ in self._guards.check_canaries():

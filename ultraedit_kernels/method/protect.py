@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, MutableMapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor
 from ultraedit_kernels.method.moments import ROOM, Moments
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.repair import ROWS, SURE, Watch, lead_slopes
-from ultraedit_kernels.method.shield import extend_shield, sketch
+from ultraedit_kernels.method.shield import Shields, extend_shield, sketch
 from ultraedit_kernels.model.capture import Captured, all_keys, capture
 from ultraedit_kernels.model.encoding import Sequence, encode_prompt
 from ultraedit_kernels.model.generation import generate, logits_from, sample
@@ -76,10 +76,10 @@ logger = logging.getLogger(__name__)
 class Anchors:
     """What a turn must leave as it is."""
 
-    keys: dict[str, Tensor]
+    keys: MutableMapping[str, Tensor]
     """Module → shield of the keys, [≤ limit, d_in] float64, or float32 at names; see
-    `shield.extend_shield`."""
-    outputs: dict[str, Tensor]
+    `shield.extend_shield` and `shield.Shields`."""
+    outputs: MutableMapping[str, Tensor]
     """Module → shield of the outputs, [≤ limit, d_out] likewise: directions in which leads turn."""
     watch: Watch
 
@@ -87,17 +87,16 @@ class Anchors:
     def empty(cls, weights: Mapping[str, Tensor]) -> Anchors:
         """None at all; weights [d_out, d_in]."""
         keys, outputs = (
-            {n: w.new_zeros(0, w.shape[side], dtype=torch.float64) for n, w in weights.items()}
+            Shields(
+                {n: w.new_zeros(0, w.shape[side], dtype=torch.float64) for n, w in weights.items()}
+            )
             for side in (1, 0)
         )
         return cls(keys, outputs, Watch.empty(weights))
 
     def like(self, weights: Mapping[str, Tensor]) -> Anchors:
         """The same anchors, on the devices of the weights and with their precision."""
-        keys, outputs = (
-            {name: rows.to(weights[name].device) for name, rows in shields.items()}
-            for shields in (self.keys, self.outputs)
-        )
+        keys, outputs = (Shields(shields).to(weights) for shields in (self.keys, self.outputs))
         return Anchors(keys, outputs, Watch.empty(weights).join(self.watch))
 
     def hold(
@@ -111,11 +110,11 @@ class Anchors:
             limit: rows that a module's shield may have.
             weight: of each key.
         """
-        extended = {
-            name: extend_shield(self.keys[name], weight * rows.to(self.keys[name]), ridge, limit)
-            for name, rows in keys.items()
-        }
-        return replace(self, keys={**self.keys, **extended})
+        extended = Shields(self.keys)
+        for name, rows in keys.items():
+            shield = extended[name]
+            extended[name] = extend_shield(shield, weight * rows.to(shield), ridge, limit)
+        return replace(self, keys=extended)
 
 
 class OwnKeys:
@@ -207,7 +206,7 @@ class OwnKeys:
         if (ranks := self._ranks) is None:
             return anchors
         keys, outputs = (
-            {name: ranks.broadcast(rows, self._owner[name]) for name, rows in shields.items()}
+            Shields({n: ranks.broadcast(rows, self._owner[n]) for n, rows in shields.items()})
             for shields in (anchors.keys, anchors.outputs)
         )
         return Anchors(keys, outputs, anchors.watch)

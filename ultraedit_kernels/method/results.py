@@ -64,10 +64,10 @@ class TurnResult:
     and were repaired."""
     guards: dict[str, float]
     """What the guards measured, the largest of all modules: "change", ‖W - W_start‖ / ‖W_start‖ of
-    the turn; "total_change", the same against the untouched weights; "lost", share of the untouched
-    model's own texts that it now continues otherwise, as before the turn if this is small and the
-    first ones are not; and, if not all of these were gathered yet,
-    "protected", the share that was."""
+    the turn; "total_change", the same against the untouched weights, of at most
+    `guards.TOTAL_ROWS` rows of each; "lost", share of the untouched model's own texts that it now
+    continues otherwise, as before the turn if this is small and the first ones are not; and, if
+    not all of these were gathered yet, "protected", the share that was."""
     delta: EditDelta = field(repr=False, compare=False)
     """The change of the turn, committed or not."""
     rejected: str | None = None

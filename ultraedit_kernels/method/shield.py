@@ -7,6 +7,9 @@ anchors there are, and stays when the anchors are gone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,8 @@ from ultraedit_kernels.ops.torch_backend import cholesky, solve_gram
 
 WIDENED = 128
 """Rows of a shield in float32 that are widened at a time: they stay in the cache."""
-
+STRONG = 128
+"""Rows of a shield in float32 that are kept so."""
 JITTER = 1e-4
 """Share of a key's square norm by which two that are alike are told apart."""
 
@@ -63,6 +67,68 @@ def shielded(rows: Tensor, shield: Tensor) -> Tensor:
     """Rows X [n, d] without what the anchors take: X(I - BᵀB), in the dtype of X."""
     b = shield.to(rows.dtype)
     return rows - (rows @ b.T) @ b
+
+
+class Shields(MutableMapping[str, Tensor]):
+    """Module → shield [m, d], the strongest rows last, as `sketch` and `moment_shield` have them.
+
+    Of one in float32, the weaker rows are kept in half precision, and widened each time that it is
+    asked for. The `STRONG` last ones are not: what they leave of a common key is a millionth of it
+    or less, and rounding would leave more. A shield that has grown keeps its newest rows, too.
+
+    Args:
+        shields: those to begin with.
+    """
+
+    def __init__(self, shields: Mapping[str, Tensor] | None = None) -> None:
+        self.weak: dict[str, Tensor] = {}
+        """Module → rows [w, d] float16, none of a shield in float64."""
+        self.strong: dict[str, Tensor] = {}
+        """Module → the other rows [m - w, d], float32 or float64."""
+        if isinstance(shields, Shields):
+            self.weak, self.strong = dict(shields.weak), dict(shields.strong)
+        else:
+            self.update(shields or {})
+
+    @classmethod
+    def of(cls, strong: Mapping[str, Tensor], weak: Mapping[str, Tensor]) -> Shields:
+        """Those of such rows; a module may have no weak ones."""
+        made = cls()
+        made.strong = dict(strong)
+        made.weak = {n: weak.get(n, rows[:0].half()) for n, rows in strong.items()}
+        return made
+
+    def to(self, weights: Mapping[str, Any]) -> Shields:
+        """The same on the devices of the weights."""
+        devices = {name: weights[name].device for name in self}
+        return Shields.of(
+            {n: rows.to(devices[n]) for n, rows in self.strong.items()},
+            {n: rows.to(devices[n]) for n, rows in self.weak.items()},
+        )
+
+    def __getitem__(self, name: str) -> Tensor:
+        weak, strong = self.weak[name], self.strong[name]
+        if not len(weak):
+            return strong
+        rows = strong.new_empty(len(weak) + len(strong), strong.shape[1])
+        rows[: len(weak)], rows[len(weak) :] = weak, strong
+        return rows
+
+    def __setitem__(self, name: str, rows: Tensor) -> None:
+        before = (len(self.weak[name]), len(self.strong[name])) if name in self.strong else (0, 0)
+        weak = max(0, len(rows) - STRONG) if rows.dtype == torch.float32 else 0
+        if before[0] and len(rows) >= sum(before):
+            weak = before[0]
+        self.weak[name], self.strong[name] = rows[:weak].half(), rows[weak:].clone()
+
+    def __delitem__(self, name: str) -> None:
+        del self.weak[name], self.strong[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.strong)
+
+    def __len__(self) -> int:
+        return len(self.strong)
 
 
 class System:

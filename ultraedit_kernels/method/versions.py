@@ -20,6 +20,7 @@ from ultraedit_kernels.model.parallel import ranks_of, together, whole
 from ultraedit_kernels.ops.statistics import Statistics
 from ultraedit_kernels.store.delta import EditDelta, LowRank, digest, digest_all, digest_of
 from ultraedit_kernels.store.journal import Entry, Journal
+from ultraedit_kernels.store.untouched import Untouched
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +51,10 @@ class Versions:
         writes: bool,
     ) -> None:
         self._model, self._weights, self.memory = model, weights, memory
-        self.pristine = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
-        """Module → the untouched W [d_out, d_in], on the CPU."""
         self.base = {name: digest(weight) for name, weight in weights.items()}
         """Module → digest of the untouched weight."""
+        self.pristine = Untouched(model, weights, self.base)
+        """Module → the untouched W [d_out, d_in], on the CPU."""
         self.dtype = next(iter(weights.values())).dtype
         """Of the weights."""
         with self._in_turn():  # the first rank writes, the others read
@@ -140,6 +141,19 @@ class Versions:
         try:
             for name, factor in delta.factors.items():
                 factor.apply(self._weights[name])
+            yield
+        finally:
+            self.write(before)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The weights of version 0, while the block runs."""
+        if not self.newest:  # they are
+            yield
+            return
+        before = self.copies()
+        try:
+            self.write(self.pristine)
             yield
         finally:
             self.write(before)
