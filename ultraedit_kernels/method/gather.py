@@ -163,7 +163,7 @@ class Gathering:
     def _depends_on(self, model: Any, tokenizer: Any) -> dict[str, Any]:
         """All that the texts of the model's own depend on, besides the edited weights."""
         return {
-            "format": 5,
+            "format": 6,
             "texts": [self._wanted, SAMPLE_TOKENS, LONG_TEXT, KEPT_TEXTS, self._seed],
             "first": tokenizer.bos_token_id,
             "shield": [self._rows, self._ridge, OWN_WEIGHT, STRONG],
