@@ -191,10 +191,9 @@ class EngineSide:
         note: dict[str, Any] | None,
         followed: bool,
     ) -> Answer:
-        """Edit, on the shadow; the note goes into the version's record. `heard` is what the engine
-        has answered to the edits, see `Editor.steps`. If engines follow, the result holds the delta
-        for them. With probes it is a dry run: the result holds the shadow's answers to them, and
-        nothing is left to commit."""
+        """Edit, on the shadow; the note goes into the version's record, `heard` to `Editor.steps`.
+        If engines follow, the result holds the delta for them. With probes it is a dry run: the
+        result holds the shadow's answers to them, and nothing is left to commit."""
         requests = [EditRequest.from_dict(edit) for edit in edits]
 
         def run() -> Generator[str, None, Any]:
