@@ -172,12 +172,14 @@ class Editor:
         requests: Seq[EditRequest],
         commit: bool = True,
         note: dict[str, Any] | None = None,
+        heard: Seq[str] = (),
     ) -> Generator[Phase, None, TurnResult]:
         """As `apply`, as a generator that yields after every short slice of work.
 
         After it has yielded "record" it uses nothing of the model but the edited weights. A note,
-        JSON-able, is kept in the version's record. Closing it, or an error, leaves the weights as
-        they were.
+        JSON-able, is kept in the version's record. `heard`, if given, is what the model, as it is,
+        has just answered to each edit's prompt: the turn need not write that again. Closing it, or
+        an error, leaves the weights as they were.
         """
         clock, committed = Clock(), False
         self.check(requests)
@@ -188,7 +190,7 @@ class Editor:
             anchors, named = yield from self.memory.anchors_for(
                 self.model, self.tokenizer, requests
             )
-            goals = yield from _goals(self, requests, anchors)
+            goals = yield from _goals(self, requests, anchors, heard)
             taught = sum(map(len, goals.sequences))
             work = turn(
                 self.model,
@@ -369,7 +371,7 @@ def with_other_forms(editor: Editor, requests: Seq[EditRequest], result: TurnRes
 
 
 def _goals(
-    editor: Editor, requests: Seq[EditRequest], anchors: Anchors
+    editor: Editor, requests: Seq[EditRequest], anchors: Anchors, heard: Seq[str]
 ) -> Generator[Phase, None, Goals]:
     """What a turn must make the model say."""
     spaces = yield from spaces_of(editor.model, editor.tokenizer, requests)
@@ -386,6 +388,7 @@ def _goals(
             anchors,
             texts,
             editor.preparation.shown,
+            heard,
         )
     return Goals(sequences, edit_of, editor.settings.margin, contexts)
 

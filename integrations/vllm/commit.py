@@ -146,12 +146,14 @@ class Turn:
     async def edit(
         self,
         requests: Sequence[EditRequest],
+        heard: Sequence[str],
         probes: list[ProbeData] | None,
         note: dict[str, Any] | None,
     ) -> Result:
-        """Prepare edits on all shadows; with probes, a dry run on the first one alone."""
+        """Prepare edits on all shadows, `heard` being what the engine has answered to them; with
+        probes, a dry run on the first one alone."""
         leader, followed = self._engines.leader, bool(self._engines.followers)
-        await self._slice(leader.edit(self.id, requests, probes, note, followed))
+        await self._slice(leader.edit(self.id, requests, heard, probes, note, followed))
         result: Result = await self._work(leader, refusal=400)
         if probes is None and followed:
             await self._follow(result["delta"], result["digest"])

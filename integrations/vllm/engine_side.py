@@ -186,21 +186,23 @@ class EngineSide:
         self,
         turn: str,
         edits: list[dict[str, Any]],
+        heard: list[str],
         probes: list[ProbeData] | None,
         note: dict[str, Any] | None,
         followed: bool,
     ) -> Answer:
-        """Edit, on the shadow; the note goes into the version's record. If engines follow, the
-        result holds the delta for them. With probes it is a dry run: the result holds the shadow's
-        answers to them, and nothing is left to commit."""
+        """Edit, on the shadow; the note goes into the version's record, `heard` to `Editor.steps`.
+        If engines follow, the result holds the delta for them. With probes it is a dry run: the
+        result holds the shadow's answers to them, and nothing is left to commit."""
         requests = [EditRequest.from_dict(edit) for edit in edits]
 
         def run() -> Generator[str, None, Any]:
             if self.traffic is not None:
                 self.editor.hold_still(self.traffic.keys())
             if probes is None:
-                return (yield from work.edit(self.editor, requests, note, followed))
-            return (yield from work.try_edit(self.editor, requests, probes, self._penalties))
+                return (yield from work.edit(self.editor, requests, heard, note, followed))
+            penalties = self._penalties
+            return (yield from work.try_edit(self.editor, requests, heard, probes, penalties))
 
         return self._work(turn, run())
 

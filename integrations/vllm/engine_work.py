@@ -32,10 +32,15 @@ def known(editor: Editor, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def edit(
-    editor: Editor, requests: Sequence[EditRequest], note: dict[str, Any] | None, followed: bool
+    editor: Editor,
+    requests: Sequence[EditRequest],
+    heard: Sequence[str],
+    note: dict[str, Any] | None,
+    followed: bool,
 ) -> Generator[str, None, Result]:
-    """Edits on the shadow, as a new version of the journal; with its delta if engines follow."""
-    done = yield from editor.steps(requests, note=note)
+    """Edits on the shadow, as a new version of the journal; with its delta if engines follow.
+    `heard` is what the engine has answered to them, see `Editor.steps`."""
+    done = yield from editor.steps(requests, note=note, heard=heard)
     result = _result(done) | {"digest": editor.history()[-1]["digest"]}
     return result | ({"delta": done.delta.to_bytes()} if followed else {})
 
@@ -43,11 +48,12 @@ def edit(
 def try_edit(
     editor: Editor,
     requests: Sequence[EditRequest],
+    heard: Sequence[str],
     probes: list[ProbeData],
     penalties: Penalties,
 ) -> Generator[str, None, Result]:
     """Edits on the shadow, what it then answers, and the shadow as it was."""
-    done = yield from editor.steps(requests, commit=False)
+    done = yield from editor.steps(requests, commit=False, heard=heard)
     with editor.versions.changed(done.delta):
         answers = yield from _answers(editor, probes, penalties)
     return _result(done) | {"answers": answers}

@@ -47,12 +47,13 @@ class UltraEditExtension:
         self,
         turn: str,
         edits: list[dict[str, Any]],
+        heard: list[str],
         probes: list[workers.ProbeData] | None,
         note: dict[str, Any] | None,
         followed: bool,
     ) -> workers.Answer:
         """Begin to edit, on the shadow."""
-        return engine_side(self).edit(turn, edits, probes, note, followed)
+        return engine_side(self).edit(turn, edits, heard, probes, note, followed)
 
     def ultraedit_apply_delta(
         self, turn: str, data: bytes, note: dict[str, Any] | None = None, dry_run: bool = False

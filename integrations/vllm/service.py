@@ -295,7 +295,12 @@ class EditService:
         requests = [request for asked in together for request in asked.requests]
         dry_run = together[0].dry_run
         probes = together[0].asked_after if dry_run else None
-        result = await turn.edit(requests, probes, note_of(together, before))
+        heard = [
+            text
+            for asked, texts in zip(together, before, strict=True)
+            for text in texts[: len(asked.requests)]
+        ]
+        result = await turn.edit(requests, heard, probes, note_of(together, before))
         if dry_run:
             assert probes is not None
             said = zip(probes, result["answers"], strict=True)

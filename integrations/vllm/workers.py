@@ -272,12 +272,14 @@ class Workers:
         self,
         turn: str,
         requests: Sequence[EditRequest],
+        heard: Sequence[str],
         probes: list[ProbeData] | None,
         note: dict[str, Any] | None,
         followed: bool,
     ) -> Answer:
-        """Edits are the turn's work; with probes, as a dry run. The note goes into the journal. If
-        engines follow, the result holds the delta for them."""
+        """Edits are the turn's work, `heard` what the engine has answered to them; with probes, as
+        a dry run. The note goes into the journal. If engines follow, the result holds the delta for
+        them."""
         edits = [
             {
                 "prompt": request.prompt,
@@ -288,7 +290,8 @@ class Workers:
             }
             for request in requests
         ]
-        return await self._ask("edit", turn, edits, probes, note, followed, refusal=400)
+        given = edits, list(heard), probes, note, followed
+        return await self._ask("edit", turn, *given, refusal=400)
 
     async def apply_delta(
         self,

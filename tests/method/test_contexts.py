@@ -100,3 +100,23 @@ def test_texts_are_said_behind_others_and_chats_in_own_words(model, tokenizer) -
     assert found.get(1, []) == own
     _, found = run(contexts.contexts_of(model, tokenizer, requests, sequences, []))
     assert found.get(1, []) == own and 0 not in found
+
+
+@pytest.mark.parametrize("guess", ["all", "half", "another", "", "longer"])
+def test_a_guess_changes_no_answer(model, tokenizer, guess: str, monkeypatch) -> None:
+    prompts = [
+        encode_prompt(tokenizer, prompt)
+        for prompt in (PROMPT, CHAT, "The capital of France is", "Once upon a time", "?")
+    ]
+    alone, answers = run(contexts.first_sentences(model, tokenizer, prompts))
+    guesses = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = text_after(tokenizer, prompt, answer)
+        half = text_after(tokenizer, prompt, answer[: len(answer) // 2])
+        texts = {"all": text, "half": half, "another": " never", "": "", "longer": f"{text} Never."}
+        guesses.append(texts[guess])
+    monkeypatch.setattr(contexts, "GUESSES", 2)
+    phases, with_guess = run(contexts.first_sentences(model, tokenizer, prompts, guesses))
+    assert with_guess == answers
+    if guess == "all":
+        assert len(phases) < len(alone)

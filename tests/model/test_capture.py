@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ultraedit_kernels.model import capture as capture_module
 from ultraedit_kernels.model.capture import capture, leaves_only_keys
 from ultraedit_kernels.model.encoding import Sequence
 
@@ -173,6 +174,37 @@ def test_equals_full_backward(family, dtype, tolerance, monkeypatch):
         assert relative(without.keys[m], keys[m]) <= tolerance, m
     assert relative(without.margin, margin) <= tolerance
     assert torch.equal(without.owner, got.owner) and torch.equal(without.rival, got.rival)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3", "gptj"])
+@pytest.mark.parametrize("worth", [1, 10**6])
+def test_what_prefixes_have_in_common_is_run_once(family, worth, monkeypatch):
+    monkeypatch.setitem(capture_module.WORTH_A_PASS, "cpu", worth)
+    dtype = torch.float32 if family == "gptj" else torch.float64
+    tolerance = 1e-4 if family == "gptj" else 1e-9
+    model, modules = make_model(family, dtype)
+    start, name, other = [5, 9, 4, 33, 7, 8, 2, 60], [11, 12, 13], [14, 15]
+    sequences = [
+        Sequence(start + name, [20, 21]),
+        Sequence(start + name, [30]),
+        Sequence(start + other + [40, 41, 42, 43], [22, 23, 24]),
+        Sequence(start + other, [50, 51]),
+    ]
+    run: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _module, args: run.append(tuple(args[0].shape))
+    )
+    got = capture(model, sequences, modules)
+    # A prefix lacks the prompt's last token. The first two are the same.
+    common, longest = len(start), len(start) + 5
+    parts = [(1, common), (3, longest - common)] if worth == 1 else [(3, longest)]
+    assert run[:-1] == parts
+    keys, grads, loss, margin = naive(model.eval(), sequences, modules)
+    for m in modules:
+        assert relative(got.keys[m], keys[m]) <= tolerance, m
+        assert relative(got.grads[m], grads[m]) <= tolerance, m
+    assert relative(got.loss, loss) <= tolerance
+    assert relative(got.margin, margin) <= tolerance
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ultraedit_kernels.method.contexts import contexts_of
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
-from ultraedit_kernels.model.capture import capture, evaluation_mode, leaves_only_keys
+from ultraedit_kernels.model.capture import all_keys, evaluation_mode, leaves_only_keys
 from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.model.generation import logits_from
 from ultraedit_kernels.model.request import EditRequest, Prompt
@@ -55,6 +55,7 @@ def at_names(
     anchors: Anchors,
     texts: Seq[Sequence],
     shown: Shown | None = None,
+    heard: Seq[str] = (),
 ) -> Generator[Phase, None, tuple[list[Sequence], dict[int, list[Sequence]]]]:
     """The sequences of a turn as edits at names: with places, natural ends, and contexts.
 
@@ -67,6 +68,7 @@ def at_names(
         anchors: of the turn; by their keys a key is rare.
         texts: of the model's own, to be put before prompts.
         shown: what the untouched model has read, see `show`.
+        heard: per edit, what a server's engine has just answered, see `contexts.first_sentences`.
 
     Returns: the sequences; edit → further sequences that say its target, see `contexts`.
     """
@@ -81,7 +83,7 @@ def at_names(
     yield Phase.ANCHORS
     firsts = [list(edit_of).index(edit) for edit in range(len(requests))]
     contexts = yield from contexts_of(
-        model, tokenizer, requests, [placed[i] for i in firsts], texts
+        model, tokenizer, requests, [placed[i] for i in firsts], texts, heard
     )
     return placed, contexts
 
@@ -285,11 +287,12 @@ def _tokens_of(tokenizer: Any, ids: list[int], content: str) -> dict[int, int]:
 def _rarities(model: Any, sequences: Seq[Sequence], shields: Mapping[str, Tensor]) -> list[Tensor]:
     """For each sequence, how rare the key of each prompt token is, [tokens]: what the keys of
     general text leave of it, kᵀ(C + λI)⁻¹k up to the factor λ; the geometric mean over modules."""
-    whole = [Sequence(s.prompt_ids[:1], s.prompt_ids[1:] + s.target_ids[:1]) for s in sequences]
-    captured = capture(model, whole, list(shields), backward=False)
-    total = torch.zeros(len(captured.row_owner), dtype=torch.float64)
+    lengths = [len(s.prompt_ids) for s in sequences]
+    asked = [Sequence(s.prompt_ids, s.target_ids[:1]) for s in sequences]
+    (captured,) = all_keys(model, asked, list(shields), len(asked))
+    total = torch.zeros(sum(lengths), dtype=torch.float64)
     for name, shield in shields.items():
-        keys = captured.keys[name].double()
+        keys = captured[name].double()
         left = keys.square().sum(1) - (keys @ shield.double().T).square().sum(1)
         total += left.clamp_min(1e-30).log().cpu() / len(shields)
-    return [total[captured.row_owner.cpu() == i].exp() for i in range(len(sequences))]
+    return list(total.exp().split(lengths))

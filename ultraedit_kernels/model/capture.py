@@ -26,6 +26,9 @@ LOSS_SCALE = 2.0**12
 """Gradients of a mean loss underflow in float16; they are scaled up for the backward pass, and back
 in float32."""
 
+WORTH_A_PASS = {"cpu": 64, "cuda": 2048}
+"""Tokens that take about as long as the weights of a model are read."""
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -189,8 +192,8 @@ def _capture(
                 logits = logits.float()
             wanted = torch.as_tensor(margin, dtype=logits.dtype, device=logits.device)
             wanted = wanted.expand(len(sequences))[batch.owner]
-            handicap = torch.zeros_like(logits).scatter_(1, batch.labels[:, None], wanted[:, None])
-            objective = F.cross_entropy(logits - handicap, batch.labels, reduction="none")
+            handicapped = logits.scatter_add(1, batch.labels[:, None], -wanted[:, None])
+            objective = F.cross_entropy(handicapped, batch.labels, reduction="none")
         logits = logits.detach()
         lead, rival = _leads(logits, batch.labels)
         backward = backward and not (unless_led and bool((lead > wanted).all()))
@@ -282,10 +285,7 @@ def _prefill(model: Any, batch: _Batch) -> Any:
     in some attention kernels. Moved, distances are true again for sliding windows, whose layers
     keep everything here: the mask does the sliding.
     """
-    from transformers import DynamicCache
-
-    past = DynamicCache()
-    model.base_model(input_ids=batch.prefix_ids, past_key_values=past, use_cache=True)
+    past = _past_of(model, batch.prefix_ids)
     columns = torch.arange(batch.prefix_ids.shape[1], device=batch.gap.device)
     source = (columns - batch.gap[:, None]) % len(columns)
     for layer in past.layers:
@@ -293,6 +293,26 @@ def _prefill(model: Any, batch: _Batch) -> Any:
         layer.keys = layer.keys.gather(2, index)
         index = source[:, None, :, None].expand_as(layer.values)
         layer.values = layer.values.gather(2, index)
+    return past
+
+
+def _past_of(model: Any, ids: Tensor) -> Any:
+    """The KV cache of rows [batch, tokens]. Equal rows, such as an edit and its contexts have, are
+    run once, and so is a beginning of all rows, such as a chat template's, if that is worth a pass
+    of its own."""
+    from transformers import DynamicCache
+
+    past, (rows, which) = DynamicCache(), ids.unique(dim=0, return_inverse=True)
+    common = int((rows == rows[:1]).all(0).int().cumprod(0).sum())
+    worth = WORTH_A_PASS.get(ids.device.type, WORTH_A_PASS["cuda"])
+    if (len(rows) - 1) * common < worth:
+        common = 0
+    if common:
+        model.base_model(input_ids=rows[:1, :common], past_key_values=past, use_cache=True)
+        past.batch_repeat_interleave(len(rows))
+    if common < rows.shape[1]:
+        model.base_model(input_ids=rows[:, common:], past_key_values=past, use_cache=True)
+    past.batch_select_indices(which)
     return past
 
 

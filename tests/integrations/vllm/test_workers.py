@@ -57,7 +57,7 @@ def calls_of(workers: Any) -> list[Any]:
         workers.start({}, {}, False),
         workers.check([1, 2], [-0.5]),
         workers.begin("turn", ["key"]),
-        workers.edit("turn", [request], None, None, False),
+        workers.edit("turn", [request], [], None, None, False),
         workers.apply_delta("turn", b"delta"),
         workers.rollback("turn", 1),
         workers.step("turn"),
