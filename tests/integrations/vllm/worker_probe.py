@@ -123,7 +123,7 @@ class Probe:
     ) -> dict[str, Any]:
         """Begin a turn, and say what to do."""
         self.begin()
-        return self.rpc("edit", "one", list(edits), probes, note, False)
+        return self.rpc("edit", "one", list(edits), [], probes, note, False)
 
     def step(self, turn: str = "one") -> dict[str, Any]:
         return self.rpc("step", turn)
@@ -183,12 +183,12 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["step without turn"] = probe.step()
     out["begin"] = probe.begin()
     out["step without work"] = probe.step()
-    out["edit"] = probe.rpc("edit", "one", [SECOND], None, None, False)
+    out["edit"] = probe.rpc("edit", "one", [SECOND], [], None, None, False)
     out["slices"] = [probe.step() for _ in range(3)]
     out["busy"] = [probe.begin("two"), probe.begin()]
     out["work of another"] = [
         probe.step("two"),
-        probe.rpc("edit", "two", [SECOND], None, None, False),
+        probe.rpc("edit", "two", [SECOND], [], None, None, False),
         probe.rpc("rollback", "two", 0),
         probe.rpc("apply_delta", "two", b""),
         probe.rpc("commit", "two"),
