@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from tests.method.small import MODULES, prompts, random_model, run, said, weights_of
-from ultraedit_kernels.method.change import Turn
+from ultraedit_kernels.method.change import Change, Turn
 from ultraedit_kernels.method.goals import Goals
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors, captures
 from ultraedit_kernels.method.repair import Watch
+from ultraedit_kernels.method.shield import System
+from ultraedit_kernels.method.step import MAX_STEP, Positions
 from ultraedit_kernels.method.turn import turn
 from ultraedit_kernels.model.capture import capture
 from ultraedit_kernels.model.encoding import Sequence
@@ -185,3 +187,19 @@ def test_steps_at_names_are_solved_together(model):
     moved = keys @ factor.keys.T @ factor.coeff
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-4, atol=1e-4 * float(moved.norm()))
     assert not torch.allclose(moved[0], moved[2], rtol=0.1)
+
+
+def test_a_step_at_names_is_bounded(model):
+    name, weights = MODULES[0], weights_of(model)
+    weight, start = weights[name], {n: w.clone() for n, w in weights.items()}
+    change = Change(weights, start, {}, {}, MethodSettings(), 1)
+    torch.manual_seed(0)
+    keys, none = torch.randn(3, weight.shape[1]).double(), torch.zeros(0, weight.shape[1]).double()
+    system = System(keys, 1e-9, none)
+    values = torch.randn(2, weight.shape[0]).double()[[0, 1, 1]]
+    at = Positions(torch.tensor([0, 1, 1]), torch.ones(3), 2)
+    for taken in (1, 2):  # each asks for far more than a step may take
+        change.ask(name, 1e3 * values, system, at)
+        moved = (weight - start[name]).norm() / start[name].norm()
+        assert float(moved) == pytest.approx(taken * MAX_STEP, rel=1e-3)
+    assert len(change.delta[name].keys) == 3

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ultraedit_kernels.method.goals import Taught
 from ultraedit_kernels.method.repair import Watch
-from ultraedit_kernels.method.step import MAX_STEP, Positions, bounded
+from ultraedit_kernels.method.shield import System
+from ultraedit_kernels.method.step import MAX_STEP, Positions, allowed, bounded
 from ultraedit_kernels.model.capture import Captured
 from ultraedit_kernels.model.parallel import norm, same
 from ultraedit_kernels.ops.operations import update_statistics
@@ -44,6 +45,7 @@ class Change:
         self.delta = {n: LowRank.empty(w, settings.rounding, number) for n, w in weights.items()}
         """Module → all that has been added to its weight."""
         self._asked = {n: delta.coeff[:0] for n, delta in self.delta.items()}
+        """Module → the values that the steps so far have asked of each goal, [goals, d_out]."""
         self._start, self._share, self._bounded = start, share, settings.lr == "auto"
         self._norms = {name: norm(weight) for name, weight in start.items()}
         self._reach = settings.reach
@@ -75,20 +77,24 @@ class Change:
             coeff = bounded(coeff, keys, MAX_STEP * self._norms[name])
         self._write(name, self.delta[name], coeff, keys)
 
-    def ask(self, name: str, values: Tensor, at: Positions) -> Tensor:
-        """Add the values of a step, [n, d_out], alike at all positions of a goal, to those of the
-        steps before: all that is asked, [n, d_out]."""
+    def ask(self, name: str, values: Tensor, system: System, at: Positions) -> None:
+        """Ask for the values of a step, [n, d_out], besides those of the steps before: what is
+        added to the module's weight is then what all of them take at the keys of this system.
+
+        Args:
+            name: of the module.
+            values: alike at all positions of a goal.
+            system: of the keys of now.
+            at: the positions.
+        """
+        limit = MAX_STEP * self._norms[name]
+        values = values * allowed(system.solve(values), system.keys, limit).to(values)
         total = values.new_zeros(at.goals, values.shape[1])
         total[: len(self._asked[name])] += self._asked[name]
         total += values.new_zeros(total.shape).index_copy_(0, at.goal, values)
-        self._asked[name] = total
-        return total[at.goal]
-
-    def rewrite(self, name: str, coeff: Tensor, keys: Tensor) -> None:
-        """Make coeffᵀ keys, [n, d_out] and [n, d_in], all that is added to a module's weight."""
-        none = self.delta[name]
-        none = replace(none, coeff=none.coeff[:0], keys=none.keys[:0])
-        self._write(name, none, coeff, keys)
+        self._asked[name], delta = total, self.delta[name]
+        none = replace(delta, coeff=delta.coeff[:0], keys=delta.keys[:0])
+        self._write(name, none, system.solve(total[at.goal]), system.keys)
 
     def _write(self, name: str, before: LowRank, coeff: Tensor, keys: Tensor) -> None:
         """The weight is written anew from its start, so that a replay rounds once, as this does."""

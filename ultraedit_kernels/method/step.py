@@ -177,9 +177,14 @@ def bounded(coeff: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
         keys: [n, d_in].
         limit: of the Frobenius norm, a scalar.
     """
+    return coeff * allowed(coeff, keys, limit).to(coeff.dtype)
+
+
+def allowed(coeff: Tensor, keys: Tensor, limit: Tensor) -> Tensor:
+    """The scale of `bounded`, a scalar of at most 1."""
     y, h = coeff.float(), keys.float()
     square = ((y @ y.T) * (h @ h.T)).sum().clamp_min(0.0)
-    return coeff * (limit / square.sqrt()).clamp_max(1.0).to(coeff.dtype)
+    return (limit / square.sqrt()).clamp_max(1.0)
 
 
 def _ratio(wanted: Tensor, got: Tensor) -> Tensor:

@@ -146,8 +146,6 @@ def _step(
         if names is None:
             change.add(name, system.solve(values[name]), system.keys)
         else:
-            # What all steps ask, at the keys of now. What earlier ones wrote at keys that have
-            # moved since only did harm.
-            total = change.ask(name, values[name], names)
-            change.rewrite(name, system.solve(total), system.keys)
+            # What earlier steps wrote at keys that have moved since only did harm.
+            change.ask(name, values[name], system, names)
         yield Phase.SOLVE
