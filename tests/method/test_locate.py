@@ -116,7 +116,7 @@ def test_the_rarest_key_of_what_is_asked_is_taken_instead(anchors, tokenizer, pr
     inside = [i for i in range(1, len(ids)) if content.startswith(text[i][-1]) or text[i - 1]]
     inside = [i for i in inside if content in text[-1] and len(text[i]) > text[-1].rfind(content)]
     inside = [i for i in inside if len(text[i - 1]) < text[-1].rfind(content) + len(content)]
-    assert placed.places == (max(inside, key=lambda i: float(rarity[i])),)
+    assert placed.places == (max(inside[1:], key=lambda i: float(rarity[i])),)
     assert placed.prompt_ids == ids and placed.target_ids == sequence.target_ids
 
 
@@ -127,6 +127,9 @@ def test_a_common_key_is_not_taken_for_a_names_end() -> None:
     assert locate.place_among(inside, (14, 17), [9.0, 2.0, 4.0, 0.1, 4.0]) == 3  # there is no other
     assert locate.place_among(inside, (0, 5), [9.0, 0.5, 4.0, 3.0, 4.0]) == 2  # the first of all
     assert locate.place_among(inside, None, [9.0, 2.0, 4.0, 3.0, 5.0]) == 4
+    begun = {1: 3, 2: 7, 3: 14}  # "Who was Electra", behind a token that begins texts
+    assert locate.place_among(begun, None, [0.1, 9.0, 2.0, 3.0]) == 3  # not how is asked
+    assert locate.place_among({1: 3}, None, [0.1, 9.0]) == 1
     assert locate.place_among({0: 5}, (0, 5), [1.0]) == locate.place_among({0: 5}, None, [1.0]) == 0
 
 

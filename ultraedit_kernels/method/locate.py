@@ -36,8 +36,9 @@ EXAMPLES = (
     ("法国的首都是", "法国"),
     ("Which sport does lionel messi play?", "lionel messi"),
 )
-ASK = "".join(f"Text: {text}\nName: {name}\n" for text, name in EXAMPLES)
-"""Texts in several forms and scripts, each followed by its name."""
+ASK = "".join(f"Text: {text}\nAbout: {name}\n" for text, name in EXAMPLES)
+"""Texts in several forms and scripts, each followed by the name of what it is about. ("Name:" was
+followed by "architect" where a text asks for the name of one.)"""
 SURE = 0.1
 """Least probability that the model goes on with a word of the prompt, for it to be believed."""
 RARE = 0.25
@@ -151,12 +152,14 @@ def place_among(
 
     A key that is common there, as that of " of" in a name that was found too long, takes a large
     change, which reaches far: then one before it in the name. The first token of all draws
-    attention as such, so that its key is that of any text: then one behind it.
+    attention as such, so that its key is that of any text: then one behind it. The first word of
+    what is asked may be behind it and is rare there, but it says how is asked, and not of what:
+    without a name it is not taken.
     """
     choice = [i for i in inside if i] or [0]
     rarest = max(choice, key=lambda i: rarity[i])
     if name is None:
-        return rarest
+        return max([i for i in choice if i > min(inside)] or choice, key=lambda i: rarity[i])
     last = next(i for i in inside if inside[i] >= name[1])
     named = [i for i in reversed(choice) if i <= last and inside[i] > name[0]]
     order = named or [i for i in choice if i > last] or choice
@@ -206,7 +209,7 @@ def names_in(
         contents: the texts.
         shown: see `show`; by default the model reads that anew.
     """
-    whole = [list(tokenizer(f"{ASK}Text: {text}\nName:")["input_ids"]) for text in contents]
+    whole = [list(tokenizer(f"{ASK}Text: {text}\nAbout:")["input_ids"]) for text in contents]
     # What all have in common is run once; at the seam a tokenizer may join what stands beside it.
     columns = zip(*whole, tokenizer(ASK)["input_ids"], strict=False)
     common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
