@@ -3,7 +3,8 @@
 At its answer positions an edit's keys look more like those of a neighbour, which asks the same of
 something else, than like those of its own rephrase; at the name it is the other way round. The
 model itself is asked for the name: shown a few texts with their names, it goes on with a copy of
-part of the prompt. Where it does not, the rarest key of the prompt is taken.
+part of the prompt. Where it does not, the rarest key of what is asked is taken, its first token
+left out.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ def place_among(
 
     A key that is common there, as that of " of" in a name that was found too long, takes a large
     change, which reaches far: then one before it in the name. The first token of all draws
-    attention as such, so that its key is that of any text: then one behind it. The first word of
-    what is asked may be behind it and is rare there, but it says how is asked, and not of what:
+    attention as such, so that its key is that of any text: then one behind it. The first of what
+    is asked may stand behind it and be rare, but it mostly says how is asked, and not of what:
     without a name it is not taken.
     """
     choice = [i for i in inside if i] or [0]
