@@ -5,6 +5,7 @@ Usage, from the repository root:
     make evaluate-real COUNTERFACT=FILE ZSRE=FILE [MODELS=smollm2,gemma3] [N=100] [ROWS=ours,LoRA]
     python -m bench.real --models smollm2 --set counterfact=FILE -n 100        # the same
     python -m bench.real ... --variant 'layers 1-5={"modules": [...]}'         # ours, set otherwise
+    python -m bench.real ... --skip 2000               # later records, on which to choose settings
     python -m bench.real --report                                  # tables and plot of what was run
 
 A model is one that `real_models.py` fetches, a folder or a GGUF file; a set is any file that
@@ -71,6 +72,8 @@ class Run:
     sets: dict[str, str]
     """Name → file of records."""
     edits: int = 100
+    skip: int = 0
+    """Records that come before them, and are left out."""
     turn_size: int = 20
     rows: tuple[str, ...] = ROWS
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -108,9 +111,10 @@ class Subject:
 # Records.
 
 
-def requests_of(file: str, edits: int, chat: bool) -> list[EditRequest]:
-    """The first edits of a file, as text or as a user's message."""
-    return [asked(request, chat) for request in load_edits(file)[:edits]]
+def requests_of(file: str, run: Run, chat: bool) -> list[EditRequest]:
+    """The edits of a file that are run, as text or as a user's message."""
+    records = load_edits(file)[run.skip : run.skip + run.edits]
+    return [asked(request, chat) for request in records]
 
 
 def asked(request: EditRequest, chat: bool) -> EditRequest:
@@ -260,13 +264,13 @@ def rows_of(
     """Rows of a model and a set, each as soon as it is finished; none where the form has none."""
     if not rows:
         return
-    plain = requests_of(file, run.edits, False)
+    plain = requests_of(file, run, False)
     loaded, tokenizer = load(model, run.dtype)
     chats = bool(getattr(tokenizer, "chat_template", None))
     if form == "chat" and not is_asked_in_chat(plain, tokenizer):
         return
     say(f"{model}, {len(plain)} edits of {Path(file).name} as {form}: the untouched model")
-    requests = requests_of(file, run.edits, form == "chat")
+    requests = requests_of(file, run, form == "chat")
     questions: list[Prompt] = [
         [{"role": "user", "content": line}] if chats else line
         for line in run.questions.read_text(encoding="utf-8").splitlines()
@@ -310,7 +314,7 @@ def key_of(run: Run, row: str, file: str) -> dict[str, Any]:
             {
                 "files": [digest(text)[:12] for text in texts],
                 "settings": [settings, run.depths if row == "LocFT-BF" else None],
-                "edits": [run.edits, run.turn_size],
+                "edits": [run.edits, run.turn_size, run.skip],
                 "dtype": run.dtype,
             }
         )
@@ -359,6 +363,7 @@ def main() -> None:
         "--set", type=_named, action="append", default=[], metavar="NAME=FILE", dest="sets"
     )
     parser.add_argument("-n", "--edits", type=int, default=100)
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="leave out the first N")
     parser.add_argument("--turn-size", type=int, default=20)
     parser.add_argument("--rows", type=_names, default=ROWS, help=f"of {', '.join(ROWS)}, ...")
     parser.add_argument(
@@ -386,6 +391,7 @@ def main() -> None:
                 args.models,
                 dict(args.sets),
                 args.edits,
+                args.skip,
                 args.turn_size,
                 args.rows,
                 {name: json.loads(value) for name, value in args.variants},

@@ -67,6 +67,13 @@ def test_every_row_is_judged_on_the_same_untouched_model(run: real.Run) -> None:
     assert row(run, "ours")["held_when_made"] > 0.5
 
 
+def test_records_that_come_first_can_be_left_out(run: real.Run) -> None:
+    file = run.sets["earth"]
+    later = real.requests_of(file, replace(run, edits=2, skip=3), chat=False)
+    assert later == real.requests_of(file, run, chat=False)[3:5]
+    assert real.key_of(run, "ours", file) != real.key_of(replace(run, skip=3), "ours", file)
+
+
 def test_the_best_trial_is_kept_and_what_diverges_is_left_out(run: real.Run) -> None:
     published, localised = row(run, "published"), row(run, "LocFT-BF")
     assert [trial["lr"] for trial in published["trials"]] == [1e-3]

@@ -135,17 +135,17 @@ def test_edits_that_nothing_threatens_are_checked_in_turn(model, weights, watch)
     none, nothing = Anchors.empty(weights).keys, {n: LowRank.empty(w) for n, w in weights.items()}
     checked = []
     for number in range(4):
-        repairs = Repairs(watch, none, [], budget=1, number=number)
+        repairs = Repairs(watch, none, [], budget=1, others=1, number=number)
         steps = repairs.check(model, MODULES, nothing, 8)
         while next(steps, None) is not None:
             pass
         checked.append(repairs.checked)
     assert watch.own == 0 and checked == [1] * 4
     texts = replace(watch, own=len(watch))  # texts of the model's own have no turns
-    repairs = Repairs(texts, none, [], budget=1)
-    for _ in repairs.check(model, MODULES, nothing, 8):
-        pass
-    assert repairs.checked == 0
+    for repairs in (Repairs(texts, none, [], budget=1, others=1), Repairs(watch, none, [], 1)):
+        for _ in repairs.check(model, MODULES, nothing, 8):
+            pass
+        assert repairs.checked == 0
 
 
 def test_join_without_and_the_file_form(watch):
@@ -218,7 +218,7 @@ def checked_of(repairs: Repairs, lost: list[float], monkeypatch) -> list[int]:
 def test_the_most_threatened_are_checked_and_edits_first(monkeypatch):
     leads, lost = [4.0] * 6, [3.0, 0.1, 2.0, 1.0, 2.5, 0.2]
     shields = {"a": torch.zeros(0, 6, dtype=torch.float64)}
-    repairs = Repairs(plain(leads, own=3), shields, [], budget=2, number=1)
+    repairs = Repairs(plain(leads, own=3), shields, [], budget=2, others=2, number=1)
     # The two most threatened edits, then those whose turn it is: of three, every second.
     assert checked_of(repairs, lost, monkeypatch) == [4, 3, 5]
     assert repairs.checked == 3 and repairs.due == 2

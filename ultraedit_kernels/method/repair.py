@@ -238,8 +238,9 @@ class Repairs:
         watch: what is watched.
         shields: module → shield of the keys, see `shield.extend_shield`.
         sequences: what the turn teaches; an earlier edit of the same prompt is let go.
-        budget: most sequences to run through the model at a time because they are threatened, and
-            as many earlier edits that take turns: what no first-order change shows is found.
+        budget: most sequences to run through the model at a time because they are threatened.
+        others: earlier edits to run besides, which take turns: what no first-order change shows is
+            found.
         number: of the turn, which says whose turn it is.
     """
 
@@ -249,6 +250,7 @@ class Repairs:
         shields: Mapping[str, Tensor],
         sequences: Seq[Sequence],
         budget: int,
+        others: int = 0,
         number: int = 0,
     ) -> None:
         self.due = CHECKS if budget and len(watch) else 0
@@ -259,7 +261,7 @@ class Repairs:
         """Indices of sequences to watch no longer."""
         self.watch = watch
         """With the leads as the turn leaves them."""
-        self._shields, self._budget, self._number = shields, budget, number
+        self._shields, self._budget, self._others, self._number = shields, budget, others, number
         self.broken: list[int] = []
         """Indices of sequences to repair, in the order in which they were found."""
         # What edits say, as tokens with the keys that they say it at. Of earlier edits the first
@@ -357,7 +359,9 @@ class Repairs:
     def _others_turn(self, left_out: set[int]) -> list[int]:
         """Edits to check though nothing threatens them; each has its turn within some turns."""
         edits = range(self.watch.own, len(self.watch))
-        every = max(1, -(-len(edits) // max(1, self._budget)))
+        if not self._others:
+            return []
+        every = max(1, -(-len(edits) // self._others))
         return [i for i in edits if (i - self._number) % every == 0 and i not in left_out]
 
     def settle(

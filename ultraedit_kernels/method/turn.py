@@ -30,6 +30,9 @@ from ultraedit_kernels.settings import MethodSettings
 
 REPAIR_ROUNDS = 2
 """Steps kept for repairs, if not every edit holds before."""
+OTHERS = 10
+"""Earlier edits that an edit has checked though nothing threatens them, so that its cost does not
+grow with their number; at most `repairs` in a turn."""
 
 
 def turn(
@@ -56,7 +59,8 @@ def turn(
     size, modules = settings.batch_size, list(weights)
     budget = settings.repairs * settings.closed_loop
     change = Change(weights, start, statistics, share, settings, number)
-    repairs = Repairs(anchors.watch, anchors.keys, goals.sequences, budget, number)
+    others = min(budget, OTHERS * len(goals.edits))
+    repairs = Repairs(anchors.watch, anchors.keys, goals.sequences, budget, others, number)
     look, taken = partial(goals.capture, model, modules, size), 0
     seen = yield from look()
     if not goals.rest:
