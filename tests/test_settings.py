@@ -58,6 +58,12 @@ def test_the_editor_has_its_settings_and_defaults() -> None:
         assert argument.default == (None if by_place else TABLE[argument.name].default)
 
 
+@pytest.mark.parametrize("name", AT_NAMES)
+def test_a_default_that_depends_on_the_place_is_told_for_both(name: str) -> None:
+    setting = TABLE[name]
+    assert setting.unset == f"{AT_NAMES[name]:g} at names, else {setting.default:g}"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

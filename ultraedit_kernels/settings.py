@@ -107,7 +107,10 @@ class MethodSettings:
         unset="0.25 at names, else 0.4",
     )
     reach: float = _setting(
-        1e9, ABOVE_ZERO, "Most that a step moves an output, as a share of an output's usual norm."
+        1e9,
+        ABOVE_ZERO,
+        "Most that a step moves an output, as a share of an output's usual norm.",
+        unset="0.2 at names, else 1e+09",
     )
     rounds: int = _setting(
         24,
@@ -124,14 +127,15 @@ class MethodSettings:
         FROM_ZERO,
         "Logits by which every target token must lead its runner-up for an edit to hold; an edit "
         "that brings k rephrases is asked for 1 / (k + 1) of it.",
-        unset="2 at names, else 4.2",
+        unset="1 at names, else 4.2",
         flag="--margin",
     )
     repairs: int = _setting(
         200,
         whole(0),
         "Most earlier edits and sampled texts that a turn checks at a time because it threatens "
-        "them, and as many earlier edits because it is their turn; those that broke are repaired.",
+        "them, and as many earlier edits, ten for each of its own, because it is their turn; those "
+        "that broke are repaired.",
         flag="--repairs",
         serve="--edit-repairs",
     )
