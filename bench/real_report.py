@@ -51,6 +51,10 @@ PLAIN: dict[str, tuple[Callable[[Row], float | None], str]] = {
 """Other figures, with their format."""
 
 
+PANELS = 3
+"""Of a plot, next to each other."""
+
+
 def write(rows: Path, tables: Path, plots: Path) -> None:
     """Write tables and plot of all rows that there are; a row of older code is shown as it is."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(rows.glob("*.json"))]
@@ -119,21 +123,27 @@ def plot(groups: list[tuple[str, list[Row]]], path: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = "ultraedit"
+    wide = min(len(groups), PANELS)
+    high = -(-len(groups) // wide)
     figure, axes = pyplot.subplots(
-        1, len(groups), figsize=(4.2 * len(groups), 4), squeeze=False, sharey=True
+        high, wide, figsize=(4.2 * wide, 4 * high), squeeze=False, sharey=True
     )
-    for axis, (name, rows) in zip(axes[0], groups, strict=True):
-        for row, colour in zip(rows, itertools.cycle(COLOURS)):
+    for axis in axes.flat[len(groups) :]:
+        axis.remove()
+    for axis, (name, rows) in zip(axes.flat, groups, strict=False):
+        marks = itertools.product("os^D", COLOURS)
+        for row, (mark, colour) in zip(rows, marks):
             x, y = row["neighbours"]["first_token"], row["contains"]["generalization"]
             if x is None or y is None:
                 continue
             hold = f"{row['row']} ({_percent(row['generation']['efficacy'])} % hold)"
-            axis.scatter(100 * x, 100 * y, color=colour, label=hold)
+            axis.scatter(100 * x, 100 * y, color=colour, marker=mark, label=hold)
         axis.set(xlim=(-3, 103), ylim=(-3, 103), xlabel="neighbours' first token as before, %")
         axis.set_title(name, fontsize=9)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("rephrases whose answer has the target, %")
+    for first in axes[:, 0]:
+        first.set_ylabel("rephrases whose answer has the target, %")
     figure.text(0.01, 0.01, conditions(groups[0][1]), fontsize=6)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
