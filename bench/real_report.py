@@ -132,7 +132,7 @@ def plot(groups: list[tuple[str, list[Row]]], path: Path) -> None:
         axis.remove()
     for axis, (name, rows) in zip(axes.flat, groups, strict=False):
         marks = itertools.product("os^D", COLOURS)
-        for row, (mark, colour) in zip(rows, marks):
+        for row, (mark, colour) in zip(rows, marks, strict=False):
             x, y = row["neighbours"]["first_token"], row["contains"]["generalization"]
             if x is None or y is None:
                 continue
