@@ -63,7 +63,9 @@ def write(rows: Path, tables: Path, plots: Path) -> None:
     tables.mkdir(parents=True, exist_ok=True)
     groups = [(name, list(group)) for name, group in _groups(found)]
     kept = [
-        {key: value for key, value in row.items() if key != "rows"} for _, g in groups for row in g
+        {name: value for name, value in row.items() if name not in ("rows", "key")}
+        for _, g in groups
+        for row in g
     ]
     text = json.dumps(kept, ensure_ascii=False, indent=1)
     (tables / "real.json").write_text(text + "\n", encoding="utf-8")

@@ -358,10 +358,10 @@ class Repairs:
 
     def _others_turn(self, left_out: set[int]) -> list[int]:
         """Edits to check though nothing threatens them; each has its turn within some turns."""
-        edits = range(self.watch.own, len(self.watch))
         if not self._others:
             return []
-        every = max(1, -(-len(edits) // self._others))
+        edits = range(self.watch.own, len(self.watch))
+        every = -(-len(edits) // self._others)
         return [i for i in edits if (i - self._number) % every == 0 and i not in left_out]
 
     def settle(
