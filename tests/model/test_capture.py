@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ultraedit_kernels.model import capture as capture_module
 from ultraedit_kernels.model.capture import capture, leaves_only_keys
-from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.model.encoding import WORTH_A_PASS, Sequence
 
 transformers = pytest.importorskip("transformers")
 
@@ -179,7 +178,7 @@ def test_equals_full_backward(family, dtype, tolerance, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3", "gptj"])
 @pytest.mark.parametrize("worth", [1, 10**6])
 def test_what_prefixes_have_in_common_is_run_once(family, worth, monkeypatch):
-    monkeypatch.setitem(capture_module.WORTH_A_PASS, "cpu", worth)
+    monkeypatch.setitem(WORTH_A_PASS, "cpu", worth)
     dtype = torch.float32 if family == "gptj" else torch.float64
     tolerance = 1e-4 if family == "gptj" else 1e-9
     model, modules = make_model(family, dtype)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -71,14 +73,35 @@ def test_padding_is_on_the_right_and_masked() -> None:
     assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+def cost(batches: list[list[int]], lengths: list[tuple[int, ...]], worth: int) -> int:
+    return sum(
+        worth
+        + len(batch) * sum(max(part) for part in zip(*(lengths[i] for i in batch), strict=True))
+        for batch in batches
+    )
+
+
 def test_batches_are_of_sequences_of_nearly_one_length() -> None:
-    lengths = [40, 3, 4, 39, 3, 41, 4] + [5] * 9
-    given = [Sequence([7] * (n - 1), [1, 2]) for n in lengths]
-    batches = list(alike(given, 10))
-    assert [len(batch) for batch in batches] == [10, 3, 3]
-    assert [len(s) for batch in batches for s in batch] == sorted(lengths)
-    assert {id(s) for batch in batches for s in batch} == {id(s) for s in given}
-    assert list(alike([], 10)) == []
+    lengths = [(n,) for n in [40, 3, 4, 39, 3, 41, 4] + [5] * 9]
+    batches = alike(lengths, 10, 16)
+    assert sorted(i for batch in batches for i in batch) == list(range(16))
+    assert sorted(map(len, batches)) == [3, 4, 9] and set(batches[-1]) == {0, 3, 5}
+    assert sorted(map(len, alike(lengths, 10, 1000))) == [6, 10]
+    assert alike([], 10, 16) == []
+
+
+def test_no_cheaper_batches_of_neighbours_in_length_are_to_be_had() -> None:
+    rng = random.Random(0)
+    for worth in (0, 8, 200):
+        lengths = [(rng.randrange(30), rng.randrange(1, 20)) for _ in range(9)]
+        best = alike(lengths, 4, worth)
+        order = [i for batch in best for i in batch]
+        assert [lengths[i][::-1] for i in order] == sorted(one[::-1] for one in lengths)
+        for ends in itertools.product((False, True), repeat=8):  # every way to cut the row
+            cuts = [0, *(i + 1 for i, end in enumerate(ends) if end), 9]
+            parts = [order[i:j] for i, j in itertools.pairwise(cuts)]
+            if max(map(len, parts)) <= 4:
+                assert cost(best, lengths, worth) <= cost(parts, lengths, worth)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.repair import SURE, Watch
 from ultraedit_kernels.method.step import Positions
 from ultraedit_kernels.model.capture import Captured, capture
-from ultraedit_kernels.model.encoding import Sequence
+from ultraedit_kernels.model.encoding import Sequence, alike, worth_a_pass
 
 LEAST_MARGIN = 1.0
 """Logits that no number of rephrases makes up for: what an engine's rounding may take."""
@@ -248,20 +248,35 @@ class Goals:
             batches = [left for batch in last.batches for left in batch.without(which)]
             stale[:known] = last.stale & ~which[:known]
         chosen = [i for i, goal in enumerate(self._goal_of) if which[goal]]
-        if self.rest:  # less padding
-            chosen.sort(key=lambda i: len(self.sequences[i].prompt_ids))
-        for i in range(0, len(chosen), batch_size):
-            part = [self.sequences[j] for j in chosen[i : i + batch_size]]
-            goal_of = [self._goal_of[j] for j in chosen[i : i + batch_size]]
+        for picked in self._batches(model, chosen, batch_size, backward):
+            part = [self.sequences[i] for i in picked]
+            goal_of = [self._goal_of[i] for i in picked]
             margins = [goals[goal].wanted for goal in goal_of]
             # After the last step of a turn, or the first look at one that need not step.
-            alone = self.rest and len(chosen) <= batch_size
+            whole = sum(goal in goal_of for goal in self._goal_of) == len(picked)
             captured = capture(
-                model, part, modules, margin=margins, backward=backward, unless_led=alone
+                model,
+                part,
+                modules,
+                margin=margins,
+                backward=backward,
+                unless_led=self.rest and whole,
             )
             batches.append(Batch(captured, part, goal_of))
             yield Phase.CAPTURE
         return Round.of(batches, list(modules), len(goals), stale)
+
+    def _batches(
+        self, model: nn.Module, chosen: Seq[int], size: int, backward: bool
+    ) -> list[list[int]]:
+        """The chosen sequences in batches of at most `size`."""
+        if not self.rest:
+            return [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        sequences = [self.sequences[i] for i in chosen]
+        # What is changed, and what follows, is run backward, too.
+        costs = [(s.before, 2 * (len(s) - s.before)) if backward else (len(s),) for s in sequences]
+        worth = worth_a_pass(next(model.parameters()).device)
+        return [[chosen[i] for i in part] for part in alike(costs, size, worth)]
 
     def review(
         self, model: nn.Module, modules: Seq[str], batch_size: int, seen: Round

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.model.capture import capture
-from ultraedit_kernels.model.encoding import Sequence, alike, encode, encode_prompt
+from ultraedit_kernels.model.encoding import Sequence, alike, encode, encode_prompt, worth_a_pass
 from ultraedit_kernels.model.generation import generate
 from ultraedit_kernels.model.parallel import ShardedWeight
 from ultraedit_kernels.model.request import Prompt
@@ -185,9 +185,9 @@ def share_lost(
     model: nn.Module, texts: Seq[Sequence], modules: Seq[str], batch_size: int
 ) -> Generator[Phase, None, float]:
     """Share of texts, of which the model was sure, whose greedy choice is another at some token."""
-    lost = 0
-    for part in alike(texts, batch_size):
-        captured = capture(model, part, modules, backward=False)
+    lost, worth = 0, worth_a_pass(next(model.parameters()).device)
+    for part in alike([(len(text),) for text in texts], batch_size, worth):
+        captured = capture(model, [texts[i] for i in part], modules, backward=False)
         lost += len(captured.owner[~(captured.margin > 0)].unique())
         yield Phase.CAPTURE
     return lost / len(texts) if texts else 0.0

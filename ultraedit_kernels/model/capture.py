@@ -19,15 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultraedit_kernels.model.encoding import Sequence, pad_right
+from ultraedit_kernels.model.encoding import Sequence, pad_right, worth_a_pass
 from ultraedit_kernels.model.parallel import shard_of
 
 LOSS_SCALE = 2.0**12
 """Gradients of a mean loss underflow in float16; they are scaled up for the backward pass, and back
 in float32."""
-
-WORTH_A_PASS = {"cpu": 64, "cuda": 2048}
-"""Tokens that take about as long as the weights of a model are read."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +253,7 @@ def _pad(sequences: Seq[Sequence], device: torch.device, split: bool) -> _Batch:
     rows = [s.prompt_ids + s.target_ids[:-1] for s in sequences]
     first = torch.tensor([len(s.prompt_ids) - 1 for s in sequences], device=device)
     targets = torch.tensor([len(s.target_ids) for s in sequences], device=device)
-    cuts = [min(s.places, default=len(s.prompt_ids) - 1) if split else 0 for s in sequences]
+    cuts = [s.before if split else 0 for s in sequences]
     prefixes = torch.tensor(cuts, device=device)
     rest_ids, _ = pad_right([row[cut:] for row, cut in zip(rows, cuts, strict=True)], device)
     columns = torch.arange(rest_ids.shape[1], device=device) + prefixes[:, None]
@@ -304,8 +301,7 @@ def _past_of(model: Any, ids: Tensor) -> Any:
 
     past, (rows, which) = DynamicCache(), ids.unique(dim=0, return_inverse=True)
     common = int((rows == rows[:1]).all(0).int().cumprod(0).sum())
-    worth = WORTH_A_PASS.get(ids.device.type, WORTH_A_PASS["cuda"])
-    if (len(rows) - 1) * common < worth:
+    if (len(rows) - 1) * common < worth_a_pass(ids.device):
         common = 0
     if common:
         model.base_model(input_ids=rows[:1, :common], past_key_values=past, use_cache=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ultraedit_kernels.model.request import Prompt
 
 
-PADDING = 64
-"""Tokens of padding that cost about as much as one more pass through a model's weights."""
+WORTH_A_PASS = {"cpu": 64, "cuda": 2048}
+"""Tokens that take about as long as the weights of a model are read."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Sequence:
     def __len__(self) -> int:
         """How many tokens are run through the model: all but the last."""
         return len(self.prompt_ids) + len(self.target_ids) - 1
+
+    @property
+    def before(self) -> int:
+        """How many tokens stand before the first at which the model is changed."""
+        return min(self.places, default=len(self.prompt_ids) - 1)
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -156,17 +161,36 @@ def pad_right(rows: Seq[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     return ids, mask
 
 
-def alike(sequences: Seq[Sequence], size: int) -> Iterator[list[Sequence]]:
-    """The sequences in batches of at most `size`, shortest first, with little padding in each."""
-    batch: list[Sequence] = []
-    for sequence in sorted(sequences, key=len):
-        padding = len(batch) * len(sequence) - sum(map(len, batch))
-        if batch and (len(batch) == size or padding > PADDING):
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
+def worth_a_pass(device: torch.device) -> int:
+    """See `WORTH_A_PASS`."""
+    return WORTH_A_PASS.get(device.type, WORTH_A_PASS["cuda"])
+
+
+def alike(lengths: Seq[tuple[int, ...]], size: int, worth: int) -> list[list[int]]:
+    """Which sequences to run together: batches of at most `size`, as indices, such that the tokens
+    that are run, padding among them, and the passes cost the least.
+
+    Args:
+        lengths: per sequence, what its parts cost; in a batch each part costs as much as the
+            longest. Sequences with last parts of like length come together.
+        size: most sequences of a batch.
+        worth: tokens that a pass costs besides.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i][::-1])
+    costs, starts = [0], [0]
+    for end in range(1, len(order) + 1):
+        longest, choices = lengths[order[end - 1]], []
+        for start in range(end - 1, max(-1, end - 1 - size), -1):
+            longest = tuple(map(max, longest, lengths[order[start]]))
+            choices.append((costs[start] + (end - start) * sum(longest) + worth, start))
+        cost, start = min(choices)
+        costs.append(cost)
+        starts.append(start)
+    batches, end = list[list[int]](), len(order)
+    while end:
+        batches.insert(0, order[starts[end] : end])
+        end = starts[end]
+    return batches
 
 
 def to_tensors(sequences: Seq[Sequence]) -> dict[str, Tensor]:
