@@ -104,13 +104,13 @@ class MethodSettings:
         0.4,
         ABOVE_ZERO,
         "Share of an edit's loss that a step removes.",
-        unset="0.25 at names, else 0.4",
+        unset="0.5 at names, else 0.4",
     )
     reach: float = _setting(
         1e9,
         ABOVE_ZERO,
         "Most that a step moves an output, as a share of an output's usual norm.",
-        unset="0.2 at names, else 1e+09",
+        unset="0.4 at names, else 1e+09",
     )
     rounds: int = _setting(
         24,
@@ -123,11 +123,11 @@ class MethodSettings:
     ridge: float = _setting(1.0, ABOVE_ZERO, "λ of the ridge regression.")
     # An engine rounds differently than the side pass, and a wide lead carries over to rephrases.
     margin: float = _setting(
-        4.2,
+        5.2,
         FROM_ZERO,
         "Logits by which every target token must lead its runner-up for an edit to hold; an edit "
         "that brings k rephrases is asked for 1 / (k + 1) of it.",
-        unset="1 at names, else 4.2",
+        unset="1 at names, else 5.2",
         flag="--margin",
     )
     repairs: int = _setting(
