@@ -92,7 +92,7 @@ class Editor:
         anchors: int = EditorSettings.anchors,
         anchor_rows: int = EditorSettings.anchor_rows,
         ridge: float = MethodSettings.ridge,
-        step: float | None = None,
+        step: float = MethodSettings.step,
         reach: float | None = None,
         margin: float | None = None,
         repairs: int = MethodSettings.repairs,

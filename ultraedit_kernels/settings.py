@@ -104,13 +104,12 @@ class MethodSettings:
         0.4,
         ABOVE_ZERO,
         "Share of an edit's loss that a step removes.",
-        unset="0.5 at names, else 0.4",
     )
     reach: float = _setting(
         1e9,
         ABOVE_ZERO,
         "Most that a step moves an output, as a share of an output's usual norm.",
-        unset="0.4 at names, else 1e+09",
+        unset="0.3 at names, else 1e+09",
     )
     rounds: int = _setting(
         24,

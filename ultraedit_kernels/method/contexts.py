@@ -21,9 +21,8 @@ from ultraedit_kernels.model.spacing import needs_space
 
 CONTEXT_TEXTS = 64
 """Texts of the model's own of which contexts are taken."""
-CONTEXTS = 4
-"""Texts before which a text prompt is said, too: four reach a fourth more of the rephrases than
-two, at the same cost to all else."""
+CONTEXTS = 2
+"""Texts before which a text prompt is said, too."""
 TEXT_TOKENS = 10
 """Of a text that is put before a prompt."""
 ANSWER_TOKENS = 32

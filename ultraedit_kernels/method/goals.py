@@ -275,18 +275,26 @@ class Goals:
         sequences = [self.sequences[i] for i in chosen]
         # What is changed, and what follows, is run backward, too.
         costs = [(s.before, 2 * (len(s) - s.before)) if backward else (len(s),) for s in sequences]
-        worth = worth_a_pass(next(model.parameters()).device)
+        worth = worth_a_pass(next(model.parameters()).device) * (1 + backward)
         return [[chosen[i] for i in part] for part in alike(costs, size, worth)]
 
     def review(
         self, model: nn.Module, modules: Seq[str], batch_size: int, seen: Round
     ) -> Generator[Phase, None, Round]:
         """Look at the goals that rested, and capture those that do not hold any more."""
-        run = yield from self.capture(model, modules, batch_size, seen, seen.stale, backward=False)
-        lost = seen.stale & ~self.hold(run).cpu()
+        which = self.unseen(seen)
+        run = yield from self.capture(model, modules, batch_size, seen, which, backward=False)
+        lost = which & ~self.hold(run).cpu()
         if not lost.any():
             return run
         return (yield from self.capture(model, modules, batch_size, run, lost))
+
+    def unseen(self, seen: Round) -> Tensor:
+        """[goals] bool, on the CPU: which are to be looked at before a turn may end. A context is
+        not: an edit holds without it."""
+        stale = seen.stale.clone()
+        stale[len(self.edits) : len(self.edits) + len(self.contexts)] = False
+        return stale
 
     def hold(self, seen: Round) -> Tensor:
         """[goals] bool: which of them hold, or are given up."""

@@ -69,7 +69,7 @@ def turn(
         holds = goals.hold(seen)
         spent = taken == settings.rounds
         over = spent or (settings.closed_loop and bool(holds.all()))
-        if over and seen.stale.any():
+        if over and goals.unseen(seen).any():
             seen = yield from goals.review(model, modules, size, seen)
             continue
         if repairs.due and not spent and (over or taken >= settings.rounds - REPAIR_ROUNDS):

@@ -33,10 +33,10 @@ PAPER: dict[str, Any] = {
 models of the paper; on others search for the best one (`lr · d_in` ≈ 0.0143 at the paper's
 widths)."""
 
-AT_NAMES: dict[str, Any] = {"step": 0.5, "reach": 0.4, "rounds": 40, "margin": 1.0}
+AT_NAMES: dict[str, Any] = {"reach": 0.3, "rounds": 40, "margin": 1.0}
 """Other defaults of edits at names, chosen on CounterFact records 2000 to 2059 of
-SmolLM2-135M-Instruct, see docs/results.md: small steps follow each prompt to what is its own, and
-large ones carry over to rephrases; half of each moves prose by a third less."""
+SmolLM2-135M-Instruct, see docs/results.md: short steps follow each prompt to what is its own, long
+ones carry over to rephrases, and move more of all else."""
 
 PAPER_TURN_SIZE = 100
 """Edits solved together in the paper."""
