@@ -127,3 +127,21 @@ def test_goals_that_were_not_run_keep_what_was_known_of_them():
     assert not review.stale.any()
     # What does not hold was captured with gradients, after the look without.
     assert all(batch.captured.grads for batch in review.batches)
+
+
+def test_a_context_that_held_is_not_looked_at_again():
+    goals = Goals(SEQUENCES[:2], [0, 1], 4.0, {1: [SEQUENCES[2]]})
+    goals.repair([0], watch(texts=0, edits=1))
+    found = seen(goals, [[1.0], [2], [3], [4]], goal_of=[[0, 1, 2, 3]])
+    assert not goals.unseen(found).any()
+    assert goals.unseen(found.aged()).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("phrasings", [1, 2])
+def test_gradients_are_spared_where_all_of_the_goals_of_a_batch_are_in_it_and_lead(phrasings):
+    model, batch_size = random_model(), 2 // phrasings
+    wanted = Sequence(prompts(1, seed=1)[0], [5, 6], places=(1,))
+    goals = Goals([wanted] * 2, [0, 0] if phrasings == 2 else [0, 1], -1e6)  # anything leads
+    _, found = run(goals.capture(model, MODULES, batch_size))
+    assert len(found.batches) == phrasings and bool(goals.hold(found).all())
+    assert [bool(batch.captured.grads) for batch in found.batches] == [phrasings == 2] * phrasings

@@ -253,7 +253,8 @@ class Goals:
             goal_of = [self._goal_of[i] for i in picked]
             margins = [goals[goal].wanted for goal in goal_of]
             # After the last step of a turn, or the first look at one that need not step.
-            whole = sum(goal in goal_of for goal in self._goal_of) == len(picked)
+            own = set(goal_of)
+            whole = sum(goal in own for goal in self._goal_of) == len(picked)
             captured = capture(
                 model,
                 part,
