@@ -103,13 +103,16 @@ class MethodSettings:
     step: float = _setting(
         0.4,
         ABOVE_ZERO,
-        "Share of an edit's loss that a step removes.",
+        "Share of an edit's loss that a step removes; longer steps reach more rephrases, and move "
+        "more of all else.",
+        flag="--step",
     )
     reach: float = _setting(
         1e9,
         ABOVE_ZERO,
         "Most that a step moves an output, as a share of an output's usual norm.",
         unset="0.3 at names, else 1e+09",
+        flag="--reach",
     )
     rounds: int = _setting(
         24,
