@@ -49,7 +49,7 @@ class Editor:
         modules: dotted names of linear modules (`nn.Linear`, or GPT-2's Conv1D), or "auto" for the
             family's preset.
         lr, step, reach, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`;
-            step, reach, rounds and margin are by default what suits the place that is edited.
+            reach, rounds and margin are by default what suits the place that is edited.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
             for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.

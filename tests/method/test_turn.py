@@ -86,7 +86,7 @@ def test_one_round_is_the_published_formula(model):
 
 
 def test_a_turn_ends_when_every_edit_holds(model):
-    settings = MethodSettings(batch_size=3, margin=4.0)
+    settings = MethodSettings(batch_size=3, margin=4.2)
     _, result = one_turn(model, TAUGHT, EDIT_OF, settings)
     after = capture(model, TAUGHT, MODULES)
     least = [float(after.margin[after.owner == i].min()) for i in range(4)]
@@ -164,7 +164,7 @@ def test_shielded_keys_keep_their_outputs(model):
     before = {name: weight.clone() for name, weight in weights.items()}
     keys = capture(model, texts, MODULES, backward=False).keys
     anchors = Anchors.empty(weights).hold(keys, 1e-6, 64)
-    _, result = one_turn(model, TAUGHT[2:], [0, 1], MethodSettings(margin=4.0), anchors)
+    _, result = one_turn(model, TAUGHT[2:], [0, 1], MethodSettings(margin=4.2), anchors)
     assert all(edit.holds for edit in result.edits)
     for name, rows in keys.items():
         change = weights[name] - before[name]

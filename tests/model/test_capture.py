@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ultraedit_kernels.model import capture as capture_module
 from ultraedit_kernels.model.capture import capture, leaves_only_keys
 from ultraedit_kernels.model.encoding import WORTH_A_PASS, Sequence
 
@@ -173,6 +175,25 @@ def test_equals_full_backward(family, dtype, tolerance, monkeypatch):
         assert relative(without.keys[m], keys[m]) <= tolerance, m
     assert relative(without.margin, margin) <= tolerance
     assert torch.equal(without.owner, got.owner) and torch.equal(without.rival, got.rival)
+
+
+def test_attention_is_in_plain_products_only_while_they_are_small(monkeypatch):
+    model, modules = make_model("llama", torch.float64)
+    sequences, asked = make_sequences(), []
+
+    def plain(backend):
+        asked.append(backend)
+        return sdpa_kernel(backend)
+
+    monkeypatch.setattr(capture_module, "sdpa_kernel", plain)
+    small = capture(model, sequences, modules)
+    assert asked == [SDPBackend.MATH]
+    monkeypatch.setattr(capture_module, "PLAIN_PAIRS", 1)
+    large = capture(model, sequences, modules)
+    capture(model, sequences, modules, backward=False)  # in one pass, without a cache
+    assert len(asked) == 1
+    for m in modules:
+        assert relative(large.grads[m], small.grads[m]) <= 1e-9, m
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding", "gemma3", "gptj"])

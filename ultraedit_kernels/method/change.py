@@ -111,7 +111,8 @@ class Turn:
     delta: dict[str, LowRank]
     statistics: dict[str, Statistics]
     held: dict[str, Tensor]
-    """Module → keys [m, d_in] of the edits that hold, under the final weights."""
+    """Module → keys [m, d_in] of the edits that hold, under the final weights; of their contexts
+    that held, as they were when last looked at."""
     watch: Watch
     """The edits that hold, to be watched from now on."""
     watched: Watch

@@ -274,7 +274,7 @@ class Goals:
         if not self.rest:
             return [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
         sequences = [self.sequences[i] for i in chosen]
-        # What is changed, and what follows, is run backward, too.
+        # What is changed, and what follows, is run there and back; what stands before it, there.
         costs = [(s.before, 2 * (len(s) - s.before)) if backward else (len(s),) for s in sequences]
         worth = worth_a_pass(next(model.parameters()).device) * (1 + backward)
         return [[chosen[i] for i in part] for part in alike(costs, size, worth)]

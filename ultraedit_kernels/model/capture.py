@@ -26,6 +26,9 @@ from ultraedit_kernels.model.parallel import shard_of
 LOSS_SCALE = 2.0**12
 """Gradients of a mean loss underflow in float16; they are scaled up for the backward pass, and back
 in float32."""
+PLAIN_PAIRS = 2**14
+"""Most pairs of a token and one that it sees, over all sequences, whose attention is computed in
+plain products: a few MiB per layer."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def _capture(
     reader = _Reader(batch.rows, batch.answer)
     with reader.attached(model, modules):
         past = _prefill(model, batch) if prefix else None
-        with torch.set_grad_enabled(backward), reader.reading(), _attention(past, columns.device):
+        with torch.set_grad_enabled(backward), reader.reading(), _attention(past, batch):
             logits = model(
                 input_ids=batch.rest_ids,
                 attention_mask=(columns >= batch.gap[:, None]).long(),
@@ -215,10 +218,13 @@ def _capture(
     )
 
 
-def _attention(past: Any, device: torch.device) -> AbstractContextManager[None]:
+def _attention(past: Any, batch: _Batch) -> AbstractContextManager[None]:
     """Attention behind a KV cache in plain products on a CPU: the way back through torch's fused
-    kernel takes a third of a capture there, in half precision."""
-    if past is None or device.type != "cpu":
+    kernel takes a third of a capture there, in half precision. Plain ones are kept for the way
+    back, so only while they are small."""
+    rows, prefix, rest = *batch.prefix_ids.shape, batch.rest_ids.shape[1]
+    small = rows * rest * (prefix + rest) <= PLAIN_PAIRS
+    if past is None or batch.gap.device.type != "cpu" or not small:
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
 

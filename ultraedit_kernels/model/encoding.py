@@ -188,9 +188,9 @@ def alike(lengths: Seq[tuple[int, ...]], size: int, worth: int) -> list[list[int
         starts.append(start)
     batches, end = list[list[int]](), len(order)
     while end:
-        batches.insert(0, order[starts[end] : end])
+        batches.append(order[starts[end] : end])
         end = starts[end]
-    return batches
+    return batches[::-1]
 
 
 def to_tensors(sequences: Seq[Sequence]) -> dict[str, Tensor]:
