@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ultraedit_kernels.model import capture as capture_module
-from ultraedit_kernels.model.capture import capture, leaves_only_keys
+from ultraedit_kernels.model.capture import capture, evaluation_mode, leaves_only_keys
 from ultraedit_kernels.model.encoding import WORTH_A_PASS, Sequence
 
 transformers = pytest.importorskip("transformers")
@@ -327,6 +327,18 @@ def test_only_answer_positions_reach_the_output_head():
     capture(model, make_sequences(), modules)
     handle.remove()
     assert rows == [(1, sum(t for _, t in LENGTHS), 97)]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_output_head_is_given_tokens_in_memory_of_their_own(rows):
+    model, _ = make_model("qwen2", torch.bfloat16)
+    head, given = model.get_output_embeddings(), []
+    with evaluation_mode(model), torch.no_grad():
+        hook = head.register_forward_pre_hook(lambda _head, args: given.append(args[0]))
+        model(torch.tensor([[5, 7, 11, 13]] * rows), logits_to_keep=2)
+        hook.remove()
+    assert given[0].stride(0) == 2 * given[0].stride(1) == 2 * given[0].shape[2]
+    assert not head._forward_pre_hooks
 
 
 @pytest.mark.parametrize(

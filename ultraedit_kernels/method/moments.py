@@ -7,6 +7,8 @@ from torch import Tensor
 
 WHOLE = 2048
 """Largest d of which all d² numbers are kept, 32 MiB. Of a wider one there is a sketch."""
+BLOCK = 384
+"""Columns of them that are summed at a time, from the diagonal on: what is above it is alike."""
 ROOM = 512
 """Rows that a sketch takes up before it is compressed."""
 
@@ -39,7 +41,12 @@ class Moments:
         if not self._mine:
             return
         if self.whole:
-            self._kept += (rows.T @ rows).double()
+            # In float32 what the commonest keys are rounded by is as much as rare ones have.
+            wide = rows.double()
+            for start in range(0, self._d, BLOCK):
+                self._kept[start:, start : start + BLOCK] += (
+                    wide[:, start:].T @ wide[:, start : start + BLOCK]
+                )
         else:
             self._kept = torch.cat([self._kept, rows.to(self._kept.device)])
 
@@ -77,7 +84,8 @@ class Moments:
 
 
 def moment_shield(moment: Tensor, ridge: float, limit: int) -> Tensor:
-    """The shield [≤ limit, d] of anchors of which Σ kkᵀ [d, d] float64 is known, see `shield`.
+    """The shield [≤ limit, d] of anchors of which Σ kkᵀ [d, d] float64 is known, at and below the
+    diagonal, see `shield`.
 
     The weakest directions, which find no place in it, are taken to be alike, and their mean is a
     part of the ridge: else a change would hide in them, where it does most harm.

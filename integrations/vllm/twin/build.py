@@ -178,7 +178,6 @@ def build_twin(
         _share_parameters(model, core, sources, size)
         check_complete(model)
         model.eval().requires_grad_(False)
-        model.get_output_embeddings().register_forward_pre_hook(_copied)
         if size > 1:
             _divide(model, core, use)
 
@@ -193,13 +192,6 @@ def build_twin(
             changed += served.values()
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
         return Twin(model, live, changed)
-
-
-def _copied(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before the output head: of tokens cut out of a longer row PyTorch's product in bfloat16 on a
-    CPU takes 25 times as long as of a copy, 100 ms of SmolLM2 for one token. Of a single row only
-    the strides tell, so that `contiguous` would leave it as it is."""
-    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
 
 
 @torch.no_grad()

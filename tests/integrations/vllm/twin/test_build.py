@@ -34,21 +34,6 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
         assert torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-def test_its_output_head_is_given_tokens_in_memory_of_their_own(
-    served: Any, vllm_config: Any, rows: int
-) -> None:
-    model = build_twin(served, vllm_config, [UP]).model
-    given: list[torch.Tensor] = []
-    model.get_output_embeddings().register_forward_pre_hook(
-        lambda _head, args: given.append(args[0])
-    )
-    with torch.no_grad():
-        model(torch.tensor([TEXT] * rows), logits_to_keep=2)
-    (hidden,) = given
-    assert hidden.stride(0) == 2 * hidden.stride(1) == 2 * hidden.shape[2]
-
-
 def test_it_computes_what_the_served_numbers_say(llama: Any, served: Any, vllm_config: Any) -> None:
     twin = build_twin(served, vllm_config, [UP])
     ids = torch.tensor([TEXT])
