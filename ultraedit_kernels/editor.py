@@ -51,7 +51,7 @@ class Editor:
         lr, step, reach, rounds, ridge, margin, repairs, batch_size, rounding: see `MethodSettings`;
             reach, rounds and margin are by default what suits the place that is edited.
         anchors: texts of the model's own that are held still and watched, besides earlier edits; 0
-            for none, but the locality prompts and, at names, `namesakes`.
+            for nothing but the locality prompts.
         anchor_rows: rows that the anchors of a module are compressed to.
         statistics: "per-module", or "per-shape" as the published scores were made.
         append_eos: teach the model to stop after the target.

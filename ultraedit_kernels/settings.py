@@ -176,7 +176,7 @@ class EditorSettings:
         2000,
         whole(0),
         "Texts of 32 tokens (at names a 16th as many, of 128) that the model writes and an edit "
-        "must leave alone; 0 for none, but locality prompts and, at names, namesakes.",
+        "must leave alone; 0 for nothing but the locality prompts.",
         flag="--anchors",
         serve="--edit-anchors",
     )

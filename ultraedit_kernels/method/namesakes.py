@@ -20,9 +20,7 @@ from ultraedit_kernels.model.encoding import Sequence
 from ultraedit_kernels.model.generation import logits_from
 
 COUNT = 8
-"""Namesakes of an edit at most."""
-ALL = 256
-"""Namesakes of a turn at most, since it keeps their keys, but one of each edit."""
+"""Namesakes of an edit."""
 BATCH = 32
 """Rows per forward pass."""
 
@@ -42,10 +40,9 @@ def namesake_keys(
     found: dict[str, list[Tensor]] = {name: [] for name in modules}
     start = document_start(model, tokenizer)
     longer = [(s, i) for s, i in zip(sequences, firsts, strict=True) if i < s.places[0]]
-    count = max(1, min(COUNT, ALL // max(1, len(longer))))
-    for begin in range(0, len(longer), BATCH // count):
-        part = longer[begin : begin + BATCH // count]
-        rows = [row for one in namesakes_of(model, part, start, count) for row in one]
+    for begin in range(0, len(longer), BATCH // COUNT):
+        part = longer[begin : begin + BATCH // COUNT]
+        rows = [row for one in _namesakes(model, part, start) for row in one]
         yield Phase.ANCHORS
         ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
         (keys,) = all_keys(model, [Sequence(row, [0]) for row in rows], modules, len(rows))
@@ -55,20 +52,17 @@ def namesake_keys(
     return {name: torch.cat(keys) for name, keys in found.items() if keys}
 
 
-def namesakes_of(
-    model: Any, edits: Seq[tuple[Sequence, int]], start: int, count: int
-) -> list[list[list[int]]]:
-    """Of each edit, `count` prompts up to the end of its name in which the name begins otherwise.
+def _namesakes(model: Any, edits: Seq[tuple[Sequence, int]], start: int) -> list[list[list[int]]]:
+    """Of each edit, prompts up to the end of its name in which the name begins otherwise.
 
-    They keep its last token. Each other gives way to one of those that the model finds likeliest in
-    its place. Those that keep more, such as a whole surname, are so near that to tell them apart
-    costs the edit its rephrases, and prose.
+    They keep one token of its end, two, and so on, up to half of it: those that keep more are so
+    near that to tell them apart costs the edit its rephrases. Each other token gives way to one of
+    those that the model finds likeliest in its place.
 
     Args:
         model: the model.
         edits: sequences, and at which token of each the name begins.
         start: the token with which a document begins.
-        count: of each edit's.
     """
     names = [s.prompt_ids[first : s.places[0] + 1] for s, first in edits]
     before = [s.prompt_ids[:first] or [start] for s, first in edits]
@@ -77,6 +71,12 @@ def namesakes_of(
     made = []
     for (sequence, first), name, logits in zip(edits, names, found, strict=True):
         own = torch.tensor(name[:-1], device=logits.device)[:, None]
-        others = logits.scatter(1, own, -torch.inf).topk(count).indices.T.tolist()
-        made.append([sequence.prompt_ids[:first] + other + name[-1:] for other in others])
+        others = logits.scatter(1, own, -torch.inf).topk(COUNT).indices.T.tolist()
+        most = [len(name) - 1 - i % (len(name) // 2) for i in range(COUNT)]
+        made.append(
+            [
+                sequence.prompt_ids[:first] + other[:changed] + name[changed:]
+                for other, changed in zip(others, most, strict=True)
+            ]
+        )
     return made

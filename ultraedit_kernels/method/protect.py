@@ -20,7 +20,7 @@ from torch import Tensor
 from ultraedit_kernels.method.moments import ROOM, Moments
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.repair import ROWS, SURE, Watch, lead_slopes
-from ultraedit_kernels.method.shield import Shields, extend_shield, further_rows, sketch
+from ultraedit_kernels.method.shield import Shields, extend_shield, sketch
 from ultraedit_kernels.model.capture import Captured, all_keys, capture
 from ultraedit_kernels.model.encoding import Sequence, encode_prompt
 from ultraedit_kernels.model.generation import generate, logits_from, sample
@@ -117,10 +117,7 @@ class Anchors:
         extended = Shields(self.keys)
         for name, rows in keys.items():
             shield = extended[name]
-            if limit is None:
-                extended.grow(name, further_rows(shield, weight * rows.to(shield), ridge))
-            else:
-                extended[name] = extend_shield(shield, weight * rows.to(shield), ridge, limit)
+            extended[name] = extend_shield(shield, weight * rows.to(shield), ridge, limit)
         return replace(self, keys=extended)
 
 

@@ -45,9 +45,14 @@ def sketch(rows: Tensor, limit: int) -> Tensor:
     return best[-limit:].to(rows.dtype)
 
 
-def further_rows(shield: Tensor, anchors: Tensor, ridge: float) -> Tensor:
-    """The rows [k, d] by which anchors A [k, d] extend a shield B [m, d], in its dtype: one step of
-    a block Cholesky. An empty B is no anchors."""
+def extend_shield(
+    shield: Tensor, anchors: Tensor, ridge: float, limit: int | None = None
+) -> Tensor:
+    """Add anchors A [k, d] to a shield B [m, d], in its dtype; an empty B is no anchors.
+
+    Rows are added by one step of a block Cholesky. Once they are more than `limit` by a quarter,
+    the weakest directions are dropped: not with every turn, it costs m³.
+    """
     a = anchors.double()
     free = a.clone()
     for part in shield.split(WIDENED):
@@ -55,19 +60,11 @@ def further_rows(shield: Tensor, anchors: Tensor, ridge: float) -> Tensor:
         free -= (a @ wide.T) @ wide
     gram = a @ free.T
     gram.diagonal().add_(ridge)
-    factor = torch.linalg.cholesky(gram)
-    rows: Tensor = torch.linalg.solve_triangular(factor, free, upper=False)
-    return rows.to(shield.dtype)
-
-
-def extend_shield(shield: Tensor, anchors: Tensor, ridge: float, limit: int) -> Tensor:
-    """Add anchors A [k, d] to a shield B [m, d], see `further_rows`.
-
-    Once the rows are more than `limit` by a quarter, the weakest directions are dropped: not with
-    every turn, it costs m³.
-    """
-    extended = torch.cat([shield, further_rows(shield, anchors, ridge)])
-    return extended if len(extended) <= limit + limit // 4 else sketch(extended, limit)
+    rows = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), free, upper=False)
+    extended = torch.cat([shield, rows.to(shield.dtype)])
+    if limit is None or len(extended) <= limit + limit // 4:
+        return extended
+    return sketch(extended, limit)
 
 
 def shielded(rows: Tensor, shield: Tensor) -> Tensor:
@@ -127,10 +124,6 @@ class Shields(MutableMapping[str, Tensor]):
         if before[0] and len(rows) >= sum(before):
             weak = before[0]
         self.weak[name], self.strong[name] = rows[:weak].half(), rows[weak:].clone()
-
-    def grow(self, name: str, rows: Tensor) -> None:
-        """Add rows [k, d] to one; those that it has are shared, not copied, if they are weak."""
-        self.strong[name] = torch.cat([self.strong[name], rows])
 
     def __delitem__(self, name: str) -> None:
         del self.weak[name], self.strong[name]
