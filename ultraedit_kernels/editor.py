@@ -190,7 +190,7 @@ class Editor:
             anchors, named = yield from self.memory.anchors_for(
                 self.model, self.tokenizer, requests
             )
-            goals, anchors = yield from _goals(self, requests, anchors, heard)
+            goals = yield from _goals(self, requests, anchors, heard)
             taught = sum(map(len, goals.sequences))
             work = turn(
                 self.model,
@@ -372,26 +372,25 @@ def with_other_forms(editor: Editor, requests: Seq[EditRequest], result: TurnRes
 
 def _goals(
     editor: Editor, requests: Seq[EditRequest], anchors: Anchors, heard: Seq[str]
-) -> Generator[Phase, None, tuple[Goals, Anchors]]:
-    """What a turn must make the model say, and all that it must leave as it is."""
-    margin = editor.settings.margin
+) -> Generator[Phase, None, Goals]:
+    """What a turn must make the model say."""
     spaces = yield from spaces_of(editor.model, editor.tokenizer, requests)
     sequences, edit_of = editor._encoded(requests, spaces)
-    if not editor.at_names:
-        return Goals(sequences, edit_of, margin), anchors
-    found = yield from at_names(
-        editor.model,
-        editor.tokenizer,
-        requests,
-        sequences,
-        edit_of,
-        anchors,
-        editor.memory.own_texts(CONTEXT_TEXTS),
-        editor.preparation.shown,
-        heard,
-    )
-    anchors = anchors.hold(found.namesakes, editor.settings.ridge)
-    return Goals(found.sequences, edit_of, margin, found.contexts), anchors
+    contexts = None
+    if editor.at_names:
+        texts = editor.memory.own_texts(CONTEXT_TEXTS)
+        sequences, contexts = yield from at_names(
+            editor.model,
+            editor.tokenizer,
+            requests,
+            sequences,
+            edit_of,
+            anchors,
+            texts,
+            editor.preparation.shown,
+            heard,
+        )
+    return Goals(sequences, edit_of, editor.settings.margin, contexts)
 
 
 def _measure(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ultraedit_kernels.method.contexts import contexts_of
-from ultraedit_kernels.method.namesakes import namesake_keys
 from ultraedit_kernels.method.phase import Phase
 from ultraedit_kernels.method.protect import Anchors
 from ultraedit_kernels.model.capture import all_keys, evaluation_mode, leaves_only_keys
@@ -49,17 +48,6 @@ BATCH = 32
 """Prompts per forward pass."""
 
 
-class AtNames(NamedTuple):
-    """A turn of edits at names."""
-
-    sequences: list[Sequence]
-    """With places and natural ends."""
-    contexts: dict[int, list[Sequence]]
-    """Edit → further sequences that say its target, see `contexts`."""
-    namesakes: dict[str, Tensor]
-    """Module → keys [n, d_in] that the turn must leave alone, see `namesakes`."""
-
-
 def at_names(
     model: Any,
     tokenizer: Any,
@@ -70,8 +58,8 @@ def at_names(
     texts: Seq[Sequence],
     shown: Shown | None = None,
     heard: Seq[str] = (),
-) -> Generator[Phase, None, AtNames]:
-    """The sequences of a turn as edits at names, and what goes with them.
+) -> Generator[Phase, None, tuple[list[Sequence], dict[int, list[Sequence]]]]:
+    """The sequences of a turn as edits at names: with places, natural ends, and contexts.
 
     Args:
         model: the model, untouched or edited.
@@ -83,6 +71,8 @@ def at_names(
         texts: of the model's own, to be put before prompts.
         shown: what the untouched model has read, see `show`.
         heard: per edit, what a server's engine has just answered, see `contexts.first_sentences`.
+
+    Returns: the sequences; edit → further sequences that say its target, see `contexts`.
     """
     prompts = [prompt for request in requests for prompt in (request.prompt, *request.rephrases)]
     names: list[tuple[int, int] | None] = []
@@ -90,16 +80,14 @@ def at_names(
     for i in range(0, len(contents), BATCH):
         names += names_in(model, tokenizer, contents[i : i + BATCH], shown)
         yield Phase.ANCHORS
-    placed, begins = yield from place(model, tokenizer, contents, sequences, names, anchors.keys)
+    placed = yield from place(model, tokenizer, contents, sequences, names, anchors.keys)
     placed = natural_ends(model, tokenizer, prompts, placed)
     yield Phase.ANCHORS
     firsts = [list(edit_of).index(edit) for edit in range(len(requests))]
-    edits = [placed[i] for i in firsts]
-    contexts = yield from contexts_of(model, tokenizer, requests, edits, texts, heard)
-    namesakes = yield from namesake_keys(
-        model, tokenizer, edits, [begins[i] for i in firsts], list(anchors.keys)
+    contexts = yield from contexts_of(
+        model, tokenizer, requests, [placed[i] for i in firsts], texts, heard
     )
-    return AtNames(placed, contexts, namesakes)
+    return placed, contexts
 
 
 def natural_ends(
@@ -134,9 +122,8 @@ def place(
     sequences: Seq[Sequence],
     names: Seq[tuple[int, int] | None],
     shields: Mapping[str, Tensor],
-) -> Generator[Phase, None, tuple[list[Sequence], list[int]]]:
-    """The sequences, each with the place where the model is to be changed for it; and the tokens at
-    which their names begin, of those without a name the places.
+) -> Generator[Phase, None, list[Sequence]]:
+    """The sequences, each with the place where the model is to be changed for it.
 
     Args:
         model: the model, untouched or edited.
@@ -148,7 +135,6 @@ def place(
             key is rare.
     """
     placed: list[Sequence] = []
-    begins: list[int] = []
     for start in range(0, len(sequences), BATCH):
         part = sequences[start : start + BATCH]
         for sequence, rarity in zip(part, _rarities(model, part, shields), strict=True):
@@ -156,10 +142,8 @@ def place(
             inside = _tokens_of(tokenizer, sequence.prompt_ids, content)
             at = place_among(inside, name, rarity.tolist())
             placed.append(replace(sequence, places=(at,)))
-            named = [i for i in inside if i < at and name and inside[i] > name[0]]
-            begins.append(min(named, default=at))
         yield Phase.ANCHORS
-    return placed, begins
+    return placed
 
 
 def place_among(

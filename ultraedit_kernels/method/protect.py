@@ -100,18 +100,14 @@ class Anchors:
         return Anchors(keys, outputs, Watch.empty(weights).join(self.watch))
 
     def hold(
-        self,
-        keys: Mapping[str, Tensor],
-        ridge: float,
-        limit: int | None = None,
-        weight: float = 1.0,
+        self, keys: Mapping[str, Tensor], ridge: float, limit: int, weight: float = 1.0
     ) -> Anchors:
         """These anchors, with further keys in the shields.
 
         Args:
             keys: module → [n, d_in].
             ridge: λ of the system that they are anchors in.
-            limit: rows that a module's shield may have; by default as many as there are.
+            limit: rows that a module's shield may have.
             weight: of each key.
         """
         extended = Shields(self.keys)

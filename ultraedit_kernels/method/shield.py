@@ -45,9 +45,7 @@ def sketch(rows: Tensor, limit: int) -> Tensor:
     return best[-limit:].to(rows.dtype)
 
 
-def extend_shield(
-    shield: Tensor, anchors: Tensor, ridge: float, limit: int | None = None
-) -> Tensor:
+def extend_shield(shield: Tensor, anchors: Tensor, ridge: float, limit: int) -> Tensor:
     """Add anchors A [k, d] to a shield B [m, d], in its dtype; an empty B is no anchors.
 
     Rows are added by one step of a block Cholesky. Once they are more than `limit` by a quarter,
@@ -62,9 +60,7 @@ def extend_shield(
     gram.diagonal().add_(ridge)
     rows = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), free, upper=False)
     extended = torch.cat([shield, rows.to(shield.dtype)])
-    if limit is None or len(extended) <= limit + limit // 4:
-        return extended
-    return sketch(extended, limit)
+    return extended if len(extended) <= limit + limit // 4 else sketch(extended, limit)
 
 
 def shielded(rows: Tensor, shield: Tensor) -> Tensor:
