@@ -165,12 +165,17 @@ def private_names(name: str) -> Iterator[str]:
     yield from private_names_in(name, parse(name))
 
 
+def may_be_script(text: str) -> bool:
+    """Of a null byte, which is in no script, Python before 3.11.4 does not say SyntaxError."""
+    return "\n" in text and "\0" not in text
+
+
 def private_names_in(name: str, tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
                 yield f"{name}:{node.lineno} {ast.unparse(node)}"
-        elif isinstance(node, ast.Constant) and "\n" in str(node.value):
+        elif isinstance(node, ast.Constant) and may_be_script(str(node.value)):
             with suppress(SyntaxError):  # a script for another process
                 yield from private_names_in(f"{name}:{node.lineno}", ast.parse(str(node.value)))
         elif isinstance(node, ast.ImportFrom):
