@@ -27,8 +27,9 @@ ANSWER_TOKENS = 16
 """Least number of tokens that a prompt's answer is read to."""
 SPARE_TOKENS = 4
 """Tokens beyond the target's that are read, to see whether the model stops there."""
-CHECK_TOKENS = 32
-"""Length of the text by which twin and engine are compared at the start."""
+CHECK_TEXTS, CHECK_TOKENS = 2, 16
+"""Number and length of the texts by which twin and engine are compared at the start, which waits
+for them."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +187,13 @@ class Reader:
         """What the engine answers, greedily and else by the server's defaults, to each."""
         return list(await asyncio.gather(*(self._answer(probe) for probe in probes)))
 
-    async def own_text(self, first: int, max_length: int) -> tuple[list[int], list[float]]:
-        """A text that the engine samples from one token: its token ids, and the engine's scores of
+    async def own_texts(
+        self, first: int, max_length: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Texts that the engine samples from one token: their token ids, and the engine's scores of
         every token but the first."""
         params = SamplingParams(
+            n=CHECK_TEXTS,
             seed=0,
             max_tokens=min(CHECK_TOKENS, max_length - 1),
             ignore_eos=True,
@@ -197,9 +201,11 @@ class Reader:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        text = await self._generate([first], params)
-        scores = [row[t].logprob for row, t in zip(text.logprobs, text.token_ids, strict=True)]
-        return [first, *text.token_ids], scores
+        texts = await self._generate([first], params)
+        return [[first, *text.token_ids] for text in texts], [
+            [row[t].logprob for row, t in zip(text.logprobs, text.token_ids, strict=True)]
+            for text in texts
+        ]
 
     async def _answer(self, probe: ProbeData) -> str:
         params = SamplingParams(
@@ -211,19 +217,21 @@ class Reader:
             skip_special_tokens=not (probe["chat"] and self._served.keep_special),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        answer = await self._generate(probe["ids"], params)
+        (answer,) = await self._generate(probe["ids"], params)
         if not probe["chat"]:
             return str(answer.text)
         return self._served.heard(answer.text, answer.token_ids, probe["ids"])
 
-    async def _generate(self, ids: list[int], params: SamplingParams) -> Any:
+    async def _generate(self, ids: list[int], params: SamplingParams) -> list[Any]:
         name = f"{OWN_REQUESTS}{uuid.uuid4().hex}"
         request = self._engine.generate(tokens_input(ids), params, name)
         async for output in request:
-            answer = output.outputs[0]
-        if answer.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"the engine ended a prompt's answer with {answer.finish_reason!r}")
-        return answer
+            answers = output.outputs
+        for answer in answers:
+            if answer.finish_reason not in ("stop", "length"):
+                reason = answer.finish_reason
+                raise RuntimeError(f"the engine ended a prompt's answer with {reason!r}")
+        return list(answers)
 
 
 def other_body() -> EditError:

@@ -50,7 +50,7 @@ class Background:
         """The engine has stepped.
 
         Args:
-            busy: the worker has a turn.
+            busy: the worker has a turn, or starts.
         """
         if self._work is not None:
             self._pace.after_step(None if busy or self.held else self._work, self._ranks)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.config import CompilationMode, VllmConfig
 
 from ultraedit_kernels.integrations.vllm.twin.watch import Watch
 from ultraedit_kernels.integrations.vllm.workers import OWN_REQUESTS
@@ -84,3 +85,17 @@ def follow_steps(worker: Any, stepped: Callable[[list[list[int]]], None]) -> Non
         return result
 
     worker.execute_model = call
+
+
+def compile_nothing(config: VllmConfig, nothing: bool) -> None:
+    """Have an engine whose model is not compiled compile no function either, or do so again.
+
+    vLLM compiles one for its first log-probabilities: a request may wait for that, but the check of
+    the twin would hold up the server's start, for two to ten seconds.
+
+    Args:
+        config: of the engine.
+        nothing: until this is called again.
+    """
+    if config.compilation_config.mode == CompilationMode.NONE:
+        torch.compiler.set_stance("force_eager" if nothing else "default")

@@ -28,7 +28,11 @@ import torch
 from ultraedit_kernels.editor import Editor
 from ultraedit_kernels.integrations.vllm import engine_work as work
 from ultraedit_kernels.integrations.vllm.background import Background
-from ultraedit_kernels.integrations.vllm.engine_hooks import follow_steps, follow_weights
+from ultraedit_kernels.integrations.vllm.engine_hooks import (
+    compile_nothing,
+    follow_steps,
+    follow_weights,
+)
 from ultraedit_kernels.integrations.vllm.engine_start import build_parts, last_layer_only
 from ultraedit_kernels.integrations.vllm.slices import Pace, Slices
 from ultraedit_kernels.integrations.vllm.tokenizer import penalties_of
@@ -160,11 +164,12 @@ class EngineSide:
         }
 
     @rpc
-    def check(self, token_ids: list[int], scores: list[float]) -> Checked:
-        """Compare the twin's scores of a text with the engine's, of every token but the first."""
+    def check(self, texts: list[list[int]], scores: list[list[float]]) -> Checked:
+        """Compare the twin's scores of texts with the engine's, of every token but the first."""
         _, config = self.editor, self.worker.vllm_config
+        compile_nothing(config, False)
         how = config.model_config.logprobs_mode, config.cache_config.cache_dtype
-        self._difference = self.twin.check(token_ids, scores, *how)
+        self._difference = self.twin.check(texts, scores, *how)
         return {"difference": self._difference}
 
     @rpc
@@ -400,9 +405,8 @@ class EngineSide:
         self.background.held = self.twin.watch.foreign
 
     def _stepped(self, prompts: list[list[int]]) -> None:
-        """After an engine step: a slice of the turn's work, or keys of the prompts."""
+        """After an engine step: a slice of work, gathering once started, or keys of prompts."""
         self.pace.after_step(None if self.turn is None else self.turn.work, self.together)
-        self.background.after_step(self.turn is not None)
-        # In a turn the twin has the turn's weights, not those that are served.
+        self.background.after_step(self.turn is not None or self._difference is None)
         if self.turn is None and self.traffic is not None:
             self.traffic = self.traffic.sampled(self.editor, prompts, self.together)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ultraedit_kernels.editor import Editor
 from ultraedit_kernels.integrations.vllm.background import Background
+from ultraedit_kernels.integrations.vllm.engine_hooks import compile_nothing
 from ultraedit_kernels.integrations.vllm.tokenizer import Rendering, load_tokenizer, stop_tokens
 from ultraedit_kernels.integrations.vllm.twin import Twin, build_twin, build_weights
 from ultraedit_kernels.method.memory import STREAM
@@ -61,6 +62,7 @@ def build_parts(
         ends = stop_tokens(config.model_config, tokenizer)
         settings_of_model: Any = twin.model.generation_config
         settings_of_model.eos_token_id = ends
+        compile_nothing(config, True)  # until the twin is checked
     with together(twin.model):
         try:
             given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}

@@ -35,9 +35,9 @@ class UltraEditExtension:
         """Build twin and editor."""
         return engine_side(self).start(settings, rendering, follows)
 
-    def ultraedit_check(self, token_ids: list[int], scores: list[float]) -> workers.Checked:
+    def ultraedit_check(self, texts: list[list[int]], scores: list[list[float]]) -> workers.Checked:
         """Compare twin and engine."""
-        return engine_side(self).check(token_ids, scores)
+        return engine_side(self).check(texts, scores)
 
     def ultraedit_begin(self, turn: str, keys: list[str]) -> workers.Begun:
         """Take the worker for a turn."""

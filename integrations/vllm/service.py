@@ -12,6 +12,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -64,7 +65,11 @@ class EditService:
         self._own = ServingSettings(**only(self._settings, ServingSettings))
         self._max_length: int = config.model_config.max_model_len
         self._rendering = Served.rendering_of(renderer)
-        self._tokenizer = load_tokenizer(config, self._rendering)
+        makes_prompts = None if renderer is None else renderer.renderer
+        self._tokenizer = load_tokenizer(config, self._rendering, makes_prompts)
+        if self._tokenizer is not None and (template := self._tokenizer.chat_template):
+            # Or each worker finds it anew, which takes a while.
+            self._rendering = replace(self._rendering, chat_template=template)
         self._served = Served(renderer, self._tokenizer)
         self._penalties = penalties_of(config.model_config)
         self._reader = Reader(engine, self._served, self._penalties)
@@ -150,11 +155,11 @@ class EditService:
         return f"by default it samples with {self._penalties}" if self._penalties.any else ""
 
     async def _check_twin(self) -> float:
-        """Compare the twin with the engine on a text that the engine samples from nothing."""
+        """Compare the twin with the engine on texts that the engine samples from nothing."""
         ends = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         first = next((token for token in ends if token is not None), 0)
-        text = await self._reader.own_text(first, self._max_length)
-        return (await self.engines.leader.check(*text))["difference"]
+        texts = await self._reader.own_texts(first, self._max_length)
+        return (await self.engines.leader.check(*texts))["difference"]
 
     async def run(self, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
         """Do the work to its end even if the client that waits for it goes away."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,13 +31,14 @@ class Rendering:
         return asdict(self)
 
 
-def load_tokenizer(config: Any, rendering: Rendering) -> Any:
+def load_tokenizer(config: Any, rendering: Rendering, renderer: Any = None) -> Any:
     """A tokenizer of one's own (the library's are not safe to share between threads), whose
     `apply_chat_template` is vLLM's renderer with the server's options. None if vLLM has none.
 
     Args:
         config: vLLM's `VllmConfig`.
         rendering: the server's options.
+        renderer: vLLM's, of these options; by default one is made for the first chat prompt.
 
     Raises:
         UnsupportedModelError: vLLM reads a format from which no twin can be made.
@@ -46,7 +48,10 @@ def load_tokenizer(config: Any, rendering: Rendering) -> Any:
     if found is None:
         return None
     tokenizer: Any = copy.deepcopy(found)
-    renderer = renderer_from_config(config)
+
+    @functools.cache
+    def render() -> Any:  # it has tokenizers of its own, whose copying takes a while
+        return (renderer or renderer_from_config(config)).render_messages
 
     def apply_chat_template(messages: list[dict[str, str]], **options: Any) -> str:
         # As a request's: its own options go over the server's defaults.
@@ -54,7 +59,7 @@ def load_tokenizer(config: Any, rendering: Rendering) -> Any:
         own = {"add_generation_prompt": opened, "continue_final_message": False, "tokenize": False}
         kwargs = rendering.kwargs | own
         params = ChatParams(rendering.chat_template, rendering.content_format, kwargs)
-        _, prompt = renderer.render_messages([dict(m) for m in messages], params)
+        _, prompt = render()([dict(m) for m in messages], params)
         if "prompt" in prompt:
             return str(prompt["prompt"])
         return str(tokenizer.decode(prompt["prompt_token_ids"]))

@@ -260,9 +260,9 @@ class Workers:
         """
         return await self._ask_all("start", settings, rendering, follows)
 
-    async def check(self, token_ids: list[int], scores: list[float]) -> Checked:
-        """Compare the twin's scores of a text with the engine's, of every token but the first."""
-        return await self._ask("check", token_ids, scores)
+    async def check(self, texts: list[list[int]], scores: list[list[float]]) -> Checked:
+        """Compare the twin's scores of texts with the engine's, of every token but the first."""
+        return await self._ask("check", texts, scores)
 
     async def begin(self, turn: str, keys: Sequence[str] = ()) -> Begun:
         """Take the workers for a turn, and look up idempotency keys."""

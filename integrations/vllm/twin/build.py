@@ -94,8 +94,8 @@ class Twin:
 
     def check(
         self,
-        token_ids: Sequence[int],
-        served: Sequence[float],
+        texts: Sequence[Sequence[int]],
+        served: Sequence[Sequence[float]],
         mode: str,
         cache_dtype: str = "auto",
     ) -> float:
@@ -105,15 +105,19 @@ class Twin:
         computes something else, and its edits would be nonsense.
 
         Args:
-            token_ids: a text.
-            served: the engine's score of every token but the first.
+            texts: their token ids.
+            served: the engine's score of every token of each but the first.
             mode: vLLM's `logprobs_mode`, which says what its scores are.
             cache_dtype: in what vLLM keeps keys and values, which the twin does not round.
 
         Raises:
             UnsupportedModelError: the difference is beyond rounding.
         """
-        gaps = [abs(a - b) for a, b in zip(self.logprobs(token_ids, mode), served, strict=True)]
+        gaps = [
+            abs(ours - theirs)
+            for text, scores in zip(texts, served, strict=True)
+            for ours, theirs in zip(self.logprobs(text, mode), scores, strict=True)
+        ]
         difference = sum(gaps) / len(gaps)
         dtype = next(iter(self.live.values()), next(self.model.parameters())).dtype
         tolerance, cause = TOLERANCE.get(dtype, HALF_TOLERANCE), ""

@@ -55,7 +55,7 @@ def calls_of(workers: Any) -> list[Any]:
     request = EditRequest([{"role": "user", "content": "Who?"}], "Jane", rephrases=("It is",))
     return [
         workers.start({}, {}, False),
-        workers.check([1, 2], [-0.5]),
+        workers.check([[1, 2]], [[-0.5]]),
         workers.begin("turn", ["key"]),
         workers.edit("turn", [request], [], None, None, False),
         workers.apply_delta("turn", b"delta"),

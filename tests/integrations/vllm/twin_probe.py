@@ -51,12 +51,12 @@ def engine_greedy(llm: LLM, tokens: list[int], n: int) -> list[int]:
     return list(output.outputs[0].token_ids)
 
 
-def own_text(llm: LLM) -> tuple[list[int], list[float]]:
+def own_texts(llm: LLM) -> tuple[list[list[int]], list[list[float]]]:
     """A text that the engine samples, and its score of every token but the first."""
     params = SamplingParams(seed=0, max_tokens=32, ignore_eos=True, logprobs=0, detokenize=False)
     output = llm.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)[0].outputs[0]
     scores = [row[t].logprob for row, t in zip(output.logprobs, output.token_ids, strict=True)]
-    return [0, *output.token_ids], scores
+    return [[0, *output.token_ids]], [scores]
 
 
 def check(llm: LLM, twin: Twin) -> float | str:
@@ -64,7 +64,7 @@ def check(llm: LLM, twin: Twin) -> float | str:
     try:
         config = llm.llm_engine.vllm_config
         how = config.model_config.logprobs_mode, config.cache_config.cache_dtype
-        return twin.check(*own_text(llm), *how)
+        return twin.check(*own_texts(llm), *how)
     except UnsupportedModelError as error:
         return str(error)
 

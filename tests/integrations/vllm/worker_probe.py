@@ -25,7 +25,7 @@ os.environ |= {
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from twin_probe import own_text
+from twin_probe import own_texts
 from vllm import LLM, SamplingParams
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -177,8 +177,8 @@ def run(model: str, state_dir: Path) -> dict[str, Any]:
     out["started twice"] = probe.rpc("start", settings, {}, False)
     out["replayed"] = probe.state()
 
-    out["right check"] = probe.rpc("check", *own_text(probe.llm))
-    out["wrong check"] = probe.rpc("check", [0, 5, 6], [-1.0, -100.0])
+    out["right check"] = probe.rpc("check", *own_texts(probe.llm))
+    out["wrong check"] = probe.rpc("check", [[0, 5, 6]], [[-1.0, -100.0]])
 
     out["step without turn"] = probe.step()
     out["begin"] = probe.begin()

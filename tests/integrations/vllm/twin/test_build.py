@@ -201,7 +201,7 @@ def test_scores_are_those_of_every_token_but_the_first(llama: Any, mode: str) ->
     expected = [float(scores[i, token]) for i, token in enumerate(TEXT[1:])]
     twin = Twin(llama, {})
     assert twin.logprobs(TEXT, mode) == pytest.approx(expected, abs=1e-6)
-    assert twin.check(TEXT, expected, mode) < 1e-6
+    assert twin.check([TEXT, TEXT[:4]], [expected, expected[:3]], mode) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -212,24 +212,23 @@ def test_the_check_allows_rounding_and_no_more(
 ) -> None:
     twin = Twin(llama.to(dtype), {})
     right = twin.logprobs(TEXT)
-    assert twin.check(TEXT, [score + passes for score in right], "raw_logprobs") == pytest.approx(
-        passes, rel=1e-3
-    )
+    near, far = ([[score + by for score in right]] for by in (passes, fails))
+    assert twin.check([TEXT], near, "raw_logprobs") == pytest.approx(passes, rel=1e-3)
     with pytest.raises(UnsupportedModelError, match=f"over 7 tokens .* {fails} on average .*in "):
-        twin.check(TEXT, [score + fails for score in right], "raw_logprobs")
+        twin.check([TEXT], far, "raw_logprobs")
 
 
 def test_the_check_allows_a_rounded_cache_and_names_it(llama: Any) -> None:
     twin = Twin(llama, {})
     right = twin.logprobs(TEXT)
-    off, far = ([score + by for score in right] for by in (0.2, 0.4))
-    assert twin.check(TEXT, off, "raw_logprobs", "fp8_e5m2") == pytest.approx(0.2, rel=1e-3)
+    off, far = ([[score + by for score in right]] for by in (0.2, 0.4))
+    assert twin.check([TEXT], off, "raw_logprobs", "fp8_e5m2") == pytest.approx(0.2, rel=1e-3)
     with pytest.raises(UnsupportedModelError, match="--kv-cache-dtype fp8_e5m2 rounds too much"):
-        twin.check(TEXT, far, "raw_logprobs", "fp8_e5m2")
+        twin.check([TEXT], far, "raw_logprobs", "fp8_e5m2")
     with pytest.raises(UnsupportedModelError, match="the twin does not compute"):
-        twin.check(TEXT, off, "raw_logprobs", "auto")
+        twin.check([TEXT], off, "raw_logprobs", "auto")
 
 
 def test_the_check_refuses_what_is_no_number(llama: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="the twin does not compute what vLLM serves"):
-        Twin(llama, {}).check(TEXT, [float("nan")] * 7, "raw_logprobs")
+        Twin(llama, {}).check([TEXT], [[float("nan")] * 7], "raw_logprobs")
