@@ -1,5 +1,5 @@
 """Where the plugin steps in when vLLM's worker sleeps, loads weights or runs prompts: the worker's
-methods are wrapped, on the object alone."""
+methods are wrapped, on the object alone. And what vLLM may compile meanwhile."""
 
 from __future__ import annotations
 

@@ -206,8 +206,7 @@ class EngineSide:
                 self.editor.hold_still(self.traffic.keys())
             if probes is None:
                 return (yield from work.edit(self.editor, requests, heard, note, followed))
-            penalties = self._penalties
-            return (yield from work.try_edit(self.editor, requests, heard, probes, penalties))
+            return (yield from work.try_edit(self.editor, requests, heard, probes, self._penalties))
 
         return self._work(turn, run())
 
@@ -217,8 +216,7 @@ class EngineSide:
     ) -> Answer:
         """Apply a delta file to the shadow; after a dry run nothing is left to commit."""
         self._ours(turn)
-        run = work.apply_delta(self.editor, data, note, dry_run)
-        return self._work(turn, run)
+        return self._work(turn, work.apply_delta(self.editor, data, note, dry_run))
 
     @rpc
     def rollback(self, turn: str, version: int) -> Answer:
@@ -405,8 +403,10 @@ class EngineSide:
         self.background.held = self.twin.watch.foreign
 
     def _stepped(self, prompts: list[list[int]]) -> None:
-        """After an engine step: a slice of work, gathering once started, or keys of prompts."""
+        """After an engine step: a slice of the turn's work or of gathering, or keys of prompts."""
         self.pace.after_step(None if self.turn is None else self.turn.work, self.together)
-        self.background.after_step(self.turn is not None or self._difference is None)
+        starting = self._difference is None  # which gathering would hold up
+        self.background.after_step(starting or self.turn is not None)
+        # In a turn the twin has the turn's weights, not those that are served.
         if self.turn is None and self.traffic is not None:
             self.traffic = self.traffic.sampled(self.editor, prompts, self.together)

@@ -62,7 +62,6 @@ def build_parts(
         ends = stop_tokens(config.model_config, tokenizer)
         settings_of_model: Any = twin.model.generation_config
         settings_of_model.eos_token_id = ends
-        compile_nothing(config, True)  # until the twin is checked
     with together(twin.model):
         try:
             given = {"batch_size": SLICE} | settings | {"modules": list(twin.live)}
@@ -80,6 +79,8 @@ def build_parts(
             if wide:
                 widen(apart, twin.live, like=twin.model)
         editor.prepare()  # or it is the longest slice of the first turn
+    if computes:
+        compile_nothing(config, True)  # until the twin is checked
     return Parts(editor, twin, serving, Background(editor, apart, serving.gather_share))
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
 from typing import Any
 
 from vllm.engine.protocol import EngineClient
@@ -67,9 +66,7 @@ class EditService:
         self._rendering = Served.rendering_of(renderer)
         makes_prompts = None if renderer is None else renderer.renderer
         self._tokenizer = load_tokenizer(config, self._rendering, makes_prompts)
-        if self._tokenizer is not None and (template := self._tokenizer.chat_template):
-            # Or each worker finds it anew, which takes a while.
-            self._rendering = replace(self._rendering, chat_template=template)
+        self._rendering = self._rendering.resolved(self._tokenizer)
         self._served = Served(renderer, self._tokenizer)
         self._penalties = penalties_of(config.model_config)
         self._reader = Reader(engine, self._served, self._penalties)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vllm.renderers import ChatParams
@@ -29,6 +29,12 @@ class Rendering:
     def as_data(self) -> dict[str, Any]:
         """For the way to the worker; `Rendering(**data)` is the way back."""
         return asdict(self)
+
+    def resolved(self, tokenizer: Any) -> Rendering:
+        """With the template that `load_tokenizer` has found, so that no worker looks for it again,
+        which takes a while; the same if it has found none."""
+        template = getattr(tokenizer, "chat_template", None)
+        return replace(self, chat_template=template) if isinstance(template, str) else self
 
 
 def load_tokenizer(config: Any, rendering: Rendering, renderer: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ultraedit_kernels.integrations.vllm.answers import answer_of, content_of, r
 from ultraedit_kernels.integrations.vllm.protocol import EditError, EditsBody
 from ultraedit_kernels.integrations.vllm.served import Served, goes_on
 from ultraedit_kernels.integrations.vllm.tokenizer import (
+    Rendering,
     load_tokenizer,
     penalties_of,
     stop_tokens,
@@ -246,3 +248,12 @@ def test_what_succeeded_is_the_server_s_own_chat_answer(
 def test_the_fuzz_saw_both() -> None:
     """Or it shows nothing."""
     assert SEEN["succeeded"] > 3 and SEEN["refused"] > 0
+
+
+@pytest.mark.parametrize("found", [None, {"tool_use": "{{ messages }}"}])
+def test_a_template_that_was_found_is_told_to_workers_and_none_is_not(found: Any) -> None:
+    rendering = Rendering(content_format="string")
+    told = rendering.resolved(SimpleNamespace(chat_template="{{ messages }}"))
+    assert told == Rendering("{{ messages }}", "string")
+    for tokenizer in (None, object(), SimpleNamespace(chat_template=found)):
+        assert rendering.resolved(tokenizer) == rendering

@@ -52,7 +52,7 @@ def engine_greedy(llm: LLM, tokens: list[int], n: int) -> list[int]:
 
 
 def own_texts(llm: LLM) -> tuple[list[list[int]], list[list[float]]]:
-    """A text that the engine samples, and its score of every token but the first."""
+    """Of one text that the engine samples, and its score of every token but the first."""
     params = SamplingParams(seed=0, max_tokens=32, ignore_eos=True, logprobs=0, detokenize=False)
     output = llm.generate([{"prompt_token_ids": [0]}], params, use_tqdm=False)[0].outputs[0]
     scores = [row[t].logprob for row, t in zip(output.logprobs, output.token_ids, strict=True)]
